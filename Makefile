@@ -1,0 +1,36 @@
+# Two commands: `make start` serves the built-in demo model, `make test` checks everything.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.installed
+
+.PHONY: start stop test lint types unit clean
+
+start: $(READY)
+	@$(BIN)/mlx-launch start --demo
+
+stop: $(READY)
+	@$(BIN)/mlx-launch stop
+
+test: lint types
+	@echo "== tests"
+	@$(BIN)/python -m pytest
+
+lint: $(READY)
+	@echo "== lint"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(READY)
+	@echo "== types"
+	@$(BIN)/mypy
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "mlx-launch needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "== setting up .venv (once; downloads a few hundred MB)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,33 @@
+"""A server process: `python -m mlx_launcher.host BACKEND --channel FD --listen FD[,FD]`."""
+
+import argparse
+import os
+import sys
+
+
+def _inherited() -> argparse.Namespace:
+    """Reads the arguments and, before anything heavy is imported, keeps grandchildren from inheriting what we did."""
+    parser = argparse.ArgumentParser(prog="mlx_launcher.host")
+    parser.add_argument("backend", choices=["textgen"])
+    parser.add_argument("--channel", type=int, required=True)
+    parser.add_argument("--listen", type=lambda text: [int(part) for part in text.split(",")], required=True)
+    arguments = parser.parse_args()
+    for descriptor in [arguments.channel, *arguments.listen]:
+        os.set_inheritable(descriptor, False)
+    return arguments
+
+
+def _quiet_libraries() -> None:
+    # The host reads local directories only; a library that looked on the hub would hang or fail there.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    inherited = _inherited()
+    _quiet_libraries()
+    from mlx_launcher.host.server import run
+
+    run(inherited.backend, inherited.channel, inherited.listen)
+    sys.exit("unreachable: run() ends the process")

@@ -1,0 +1,245 @@
+"""The HTTP side: an ASGI application over the engine. It never waits for the engine's thread."""
+
+import asyncio
+import contextlib
+import hmac
+import ipaddress
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+from urllib.parse import unquote
+
+from mlx_launcher.host import responses
+from mlx_launcher.host.engine import Engine, Job
+from mlx_launcher.host.errors import RequestError
+from mlx_launcher.host.requests import Generation, parse_chat, parse_completion
+from mlx_launcher.host.settings import Settings
+
+log = logging.getLogger("mlx_launcher.host")
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+# A comment at this interval keeps a proxy or client with an idle timeout from giving up on a long prefill.
+KEEP_ALIVE_S = 5.0
+
+_JSON = (b"content-type", b"application/json")
+_SSE = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
+
+
+class App:
+    """Serves `/v1/chat/completions`, `/v1/completions`, `/v1/models`, `/v1/models/ID` and `/health`."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._created = int(time.time())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        try:
+            await self._route(scope, receive, send)
+        except RequestError as error:
+            await _send_error(send, error)
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method, path = scope["method"], scope["path"].rstrip("/")
+        if path == "/health":
+            _allow(method, "GET")
+            self._authorize(scope, exempt_on_loopback=True)
+            await _send_json(send, 200, {"status": "ok", "model": self._settings["model_id"], "model_loaded": True})
+        elif path == "/v1/models":
+            _allow(method, "GET")
+            self._authorize(scope, exempt_on_loopback=True)
+            await _send_json(send, 200, {"object": "list", "data": [self._model()]})
+        elif path.startswith("/v1/models/"):
+            _allow(method, "GET")
+            self._authorize(scope, exempt_on_loopback=True)
+            self._check_model(unquote(path.removeprefix("/v1/models/")), exact=True)
+            await _send_json(send, 200, self._model())
+        elif path in ("/v1/chat/completions", "/v1/completions"):
+            _allow(method, "POST")
+            self._authorize(scope)
+            await self._generate(path == "/v1/chat/completions", await self._body(scope, receive), receive, send)
+        else:
+            raise RequestError(
+                404, f"there is nothing at {scope['path']}; try /v1/chat/completions, /v1/models or /health"
+            )
+
+    def _model(self) -> dict[str, Any]:
+        return {"id": self._settings["model_id"], "object": "model", "created": self._created, "owned_by": "mlx-launch"}
+
+    def _check_model(self, name: str | None, *, exact: bool = False) -> None:
+        settings = self._settings
+        if name is None or name in settings["names"] or (settings["accept_any_model"] and not exact):
+            return
+        served = ", ".join(dict.fromkeys(settings["names"]))
+        raise RequestError(
+            404,
+            f"there is no model {name!r} here; this server answers to {served}",
+            param="model",
+            code="model_not_found",
+        )
+
+    def _authorize(self, scope: Scope, *, exempt_on_loopback: bool = False) -> None:
+        """Demands the key where the settings do; a key that nobody demands is not looked at."""
+        settings = self._settings
+        if not settings["require_key"] or (exempt_on_loopback and _is_loopback(scope)):
+            return
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        if not hmac.compare_digest(given, b"Bearer " + (settings["api_key"] or "").encode()):
+            raise RequestError(401, "this server wants its API key: Authorization: Bearer KEY", code="invalid_api_key")
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        limit = self._settings["max_body_bytes"]
+        declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        body = bytearray()
+        more = True
+        while more:
+            if int(declared) > limit or len(body) > limit:
+                raise RequestError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientLeftError
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        return bytes(body)
+
+    async def _generate(self, chat: bool, raw: bytes, receive: Receive, send: Send) -> None:
+        body, generation = parse_chat(raw) if chat else parse_completion(raw)
+        self._check_model(body.model)
+        answer = responses.Answer(self._settings["model_id"], chat=chat, answers_per_prompt=generation.n)
+        work = _Work(self._engine, generation)
+        left = asyncio.create_task(_cancel_when_left(receive, work))
+        try:
+            if body.stream:
+                include_usage = bool(body.stream_options and body.stream_options.include_usage)
+                await self._stream(work, answer, include_usage, send)
+            else:
+                async for event in work:
+                    answer.add(event)
+                self._check_whole(work)
+                await _send_json(send, 200, answer.whole())
+        finally:
+            work.cancel()
+            left.cancel()
+            usage = answer.usage
+            log.info(
+                "%s: %d prompt tokens, %d of them cached, %d generated, %.2f s%s",
+                "chat" if chat else "completion",
+                usage.prompt_tokens,
+                usage.cached_tokens,
+                usage.completion_tokens,
+                work.seconds,
+                ", client left" if work.client_left else "",
+            )
+
+    def _check_whole(self, work: "_Work") -> None:
+        if work.client_left:
+            raise ClientLeftError
+        if work.job.cancelled.is_set():
+            raise RequestError(503, "the server is stopping", code="stopping", retry_after=1)
+
+    async def _stream(self, work: "_Work", answer: responses.Answer, include_usage: bool, send: Send) -> None:
+        """Headers go out with the first event, so that a request refused before it has its true status."""
+        started = False
+        try:
+            async for event in work.with_pauses(KEEP_ALIVE_S):
+                if not started:
+                    await send({"type": "http.response.start", "status": 200, "headers": list(_SSE)})
+                    started = True
+                chunk = b": still working\n\n" if event is None else b"".join(map(responses.sse, answer.chunks(event)))
+                if chunk:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            self._check_whole(work)
+        except RequestError as error:
+            if not started or isinstance(error, ClientLeftError):
+                raise
+            last = responses.sse(responses.error_body(error))
+        else:
+            last = responses.sse(answer.usage_chunk()) if include_usage else b""
+            last += responses.sse("[DONE]")
+        await send({"type": "http.response.body", "body": last})
+
+
+class ClientLeftError(RequestError):
+    """Nobody is there to answer; the status is what web servers log for it."""
+
+    def __init__(self) -> None:
+        super().__init__(499, "the client left")
+
+
+class _Work:
+    """One job in the engine, as an asynchronous iterator of its events."""
+
+    def __init__(self, engine: Engine, generation: Generation) -> None:
+        loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Any] = asyncio.Queue()
+        self._began = time.monotonic()
+        self.client_left = False
+        self.job = Job(generation, lambda event: loop.call_soon_threadsafe(self._events.put_nowait, event))
+        engine.submit(self.job)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def cancel(self) -> None:
+        self.job.cancelled.set()
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self.with_pauses(None)
+
+    async def with_pauses(self, pause: float | None) -> AsyncIterator[Any]:
+        """The events, and None whenever `pause` seconds brought none; raises the RequestError that the engine met."""
+        while True:
+            try:
+                event = await asyncio.wait_for(self._events.get(), pause)
+            except TimeoutError:
+                yield None
+                continue
+            if event is None:
+                return
+            if isinstance(event, RequestError):
+                raise event
+            yield event
+
+
+async def _cancel_when_left(receive: Receive, work: _Work) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    work.client_left = True
+    work.cancel()
+
+
+def _allow(method: str, *allowed: str) -> None:
+    if method not in allowed:
+        raise RequestError(405, f"{method} is not possible here; use {' or '.join(allowed)}")
+
+
+def _is_loopback(scope: Scope) -> bool:
+    client = scope.get("client")
+    with contextlib.suppress(ValueError):
+        return client is None or ipaddress.ip_address(client[0]).is_loopback
+    return False
+
+
+async def _send_json(send: Send, status: int, body: dict[str, Any], *headers: tuple[bytes, bytes]) -> None:
+    raw = json.dumps(body).encode()
+    length = (b"content-length", str(len(raw)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [_JSON, length, *headers]})
+    await send({"type": "http.response.body", "body": raw})
+
+
+async def _send_error(send: Send, error: RequestError) -> None:
+    headers = []
+    if error.retry_after is not None:
+        headers.append((b"retry-after", str(error.retry_after).encode()))
+    if error.status == 413:
+        # What the client still sends of its body is not read.
+        headers.append((b"connection", b"close"))
+    await _send_json(send, error.status, responses.error_body(error), *headers)

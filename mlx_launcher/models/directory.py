@@ -1,0 +1,63 @@
+"""Checks a model directory without loading it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mlx_launcher.models.safetensors import TornFileError, data_bytes
+
+_AGAIN = "Download the model again."
+
+
+class BrokenModelError(Exception):
+    """A directory that no server can load: `reason` names the file, `hint` says what to do."""
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.hint = hint
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of the model directory `path`; raises BrokenModelError."""
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise BrokenModelError(f"{path} has no config.json", "Name the directory of an MLX model.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BrokenModelError(f"{file} cannot be read: {error}", _AGAIN) from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise BrokenModelError(f"{file} names no model_type", _AGAIN)
+    return config
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that mlx-lm loads weights from."""
+    return sorted(path.glob("model*.safetensors"))
+
+
+def check(path: Path) -> int:
+    """Bytes of weights, if every file that a server needs is there and whole; raises BrokenModelError."""
+    read_config(path)
+    if not (path / "tokenizer.json").is_file():
+        raise BrokenModelError(f"{path} has no tokenizer.json", _AGAIN)
+    weights = weight_files(path)
+    if not weights:
+        raise BrokenModelError(f"{path} has no model*.safetensors", _AGAIN)
+    if missing := _indexed(path) - {file.name for file in weights}:
+        raise BrokenModelError(f"{path} lacks {', '.join(sorted(missing))}", _AGAIN)
+    try:
+        return sum(data_bytes(file) for file in weights)
+    except (TornFileError, OSError) as error:
+        raise BrokenModelError(str(error), _AGAIN) from None
+
+
+def _indexed(path: Path) -> set[str]:
+    index = path / "model.safetensors.index.json"
+    try:
+        return set(json.loads(index.read_bytes())["weight_map"].values())
+    except FileNotFoundError:
+        return set()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise BrokenModelError(f"{index} cannot be read", _AGAIN) from None

@@ -1,0 +1,64 @@
+"""What the command hands to the supervisor: plain JSON, everything resolved, nothing left to look up.
+
+The command writes it to an unlinked 0600 temporary file and passes the descriptor, because a plan holds keys (never argv or
+environment) and may be larger than the 64 KiB that a pipe takes before a writer blocks. TypedDicts, because the supervisor
+reads them and must import little.
+"""
+
+from typing import Any, Literal, TypedDict
+
+
+class Backend(TypedDict):
+    """How one server is started.
+
+    A "host" is ours: it gets `--channel FD --listen FD,FD` appended to `argv`, and `settings` by its channel with `activate`.
+    A "script" or a "command" binds the port itself: the supervisor closes its listeners before the spawn.
+    """
+
+    name: str
+    kind: Literal["host", "script", "command"]
+    argv: list[str]
+    env: dict[str, str]
+    cwd: str | None
+    settings: dict[str, Any]
+
+
+class Model(TypedDict):
+    id: str
+    path: str
+
+
+class Restart(TypedDict):
+    """When a crash becomes a crash loop: more than `max_restarts` within `window_s` seconds."""
+
+    max_restarts: int
+    window_s: float
+    backoff_s: float
+    backoff_max_s: float
+
+
+class Source(TypedDict):
+    """How the same plan is made again on `restart` and SIGHUP: the command's own argv, directory and environment."""
+
+    argv: list[str]
+    cwd: str
+    env: dict[str, str]
+
+
+class Plan(TypedDict):
+    schema: int
+    instance: str  # absolute path of the instance's directory: lock, state.json, control.sock, server.log, journal.jsonl
+    hosts: list[str]  # addresses to bind, "127.0.0.1" and "::1" by default
+    port: int
+    url: str  # what clients use, "http://127.0.0.1:8081/v1"
+    model: Model
+    backend: Backend
+    fallback: Backend | None
+    stop_timeout_s: float
+    hang_timeout_s: float
+    freeze_timeout_s: float
+    idle_timeout_s: float
+    restart: Restart
+    log_file: str  # the server's log; absolute
+    log_max_bytes: int
+    source: Source
