@@ -96,17 +96,18 @@ class App:
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         limit = self._settings["max_body_bytes"]
-        declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        size = int(next((value for name, value in scope["headers"] if name == b"content-length"), b"0"))
         body = bytearray()
         more = True
-        while more:
-            if int(declared) > limit or len(body) > limit:
-                raise RequestError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+        while more and size <= limit:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientLeftError
             body += message.get("body", b"")
             more = message.get("more_body", False)
+            size = max(size, len(body))
+        if size > limit:
+            raise RequestError(413, f"the body is larger than {limit} bytes", code="body_too_large")
         return bytes(body)
 
     async def _generate(self, chat: bool, raw: bytes, receive: Receive, send: Send) -> None:

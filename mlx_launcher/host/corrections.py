@@ -35,8 +35,8 @@ def keep_prompt_cache_in(directory: Path) -> None:
 class LazyTextModel(LLMModel):  # type: ignore[misc]
     """mlx-textgen's model, loaded lazily and as text.
 
-    Defects: `LLMModel` loads all weights before it returns, so a load shows no progress; whether a model sees images is asked
-    of transformers, which does not know every architecture that mlx-lm serves, and loads the vision stack for one that does.
+    Defects: `LLMModel` loads all weights before it returns, so a load shows no progress; and a model with a vision part is
+    loaded with the vision stack, though text is all that is asked of it here.
     """
 
     @property
