@@ -25,6 +25,8 @@ def _quiet_libraries() -> None:
 
 
 if __name__ == "__main__":
+    # What a host writes holds pieces of conversations: for its owner alone.
+    os.umask(0o077)
     inherited = _inherited()
     _quiet_libraries()
     from mlx_launcher.host.server import run

@@ -1,0 +1,1 @@
+"""How each kind of server is started: settings in, a plan out. Starts nothing, writes nothing."""

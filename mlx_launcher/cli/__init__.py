@@ -1,0 +1,106 @@
+"""The command `mlx-launch`: one module per command, loaded when it is asked for, so that `--help` and `status` stay light."""
+
+import importlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+from mlx_launcher import __version__
+from mlx_launcher.cli.output import EXIT_INTERRUPTED, App, Result, abandon_stdout, internal_error, render
+from mlx_launcher.config import paths
+from mlx_launcher.errors import EXIT_USAGE, LaunchError
+
+COMMANDS = {
+    "start": "Start a server in the background and wait until it is ready.",
+    "run": "Run a server in the foreground.",
+    "status": "Show what is running and how it is doing.",
+    "stop": "Stop the server and leave nothing behind.",
+    "logs": "Show the server's log.",
+}
+
+
+class _Commands(click.Group):
+    """Lists the commands from the table above and imports one only to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"{__name__}.{cmd_name}").command
+        assert isinstance(command, click.Command)  # noqa: S101
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Commands, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="mlx-launch %(version)s")
+@click.option("--state-dir", metavar="DIR", help="Where state is kept. [default: ~/.anyclaude/mlx-launch]")
+@click.option("--json", is_flag=True, expose_value=False, help="Write one JSON object to stdout, for scripts.")
+@click.pass_context
+def _group(ctx: click.Context, state_dir: str | None) -> None:
+    """Start, prove and supervise a local MLX server.
+
+    Try it without a model of your own: mlx-launch start --demo
+    """
+    app: App = ctx.obj
+    app.command = ctx.invoked_subcommand
+    app.state_dir_given = state_dir is not None
+    app.state_dir = paths.state_dir(state_dir, os.environ)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The program: runs one command and exits with its code. No exception ever leaves it."""
+    _open_standard_streams()
+    app = App(list(sys.argv[1:] if arguments is None else arguments))
+    try:
+        code = _run(app)
+    except BrokenPipeError:
+        abandon_stdout()
+        code = 0
+    sys.exit(code)
+
+
+def _run(app: App) -> int:
+    try:
+        outcome = _group.main(app.arguments or ["--help"], prog_name="mlx-launch", standalone_mode=False, obj=app)
+        # --help and --version end with a bare exit code.
+        return outcome if isinstance(outcome, int) else render(app, outcome)
+    except LaunchError as error:
+        return render(app, Result({}, [], error))
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "mlx-launch"
+        usage = LaunchError("usage", error.format_message(), f"See {path} --help", EXIT_USAGE)
+        return render(app, Result({}, [], usage))
+    except (click.Abort, KeyboardInterrupt):
+        return render(app, Result({}, [], LaunchError("interrupted", "interrupted", "", EXIT_INTERRUPTED)))
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        return render(app, Result({}, [], internal_error(app, error)))
+
+
+def _open_standard_streams() -> None:
+    """Makes sure that 0, 1 and 2 are open and take any text.
+
+    A caller may have closed them (`>&-`): a plan's file would then get their number. And a path that is not UTF-8, or a
+    locale that is not, must not end in a traceback.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

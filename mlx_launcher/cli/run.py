@@ -1,0 +1,31 @@
+"""`mlx-launch run`: the supervisor in the foreground, under the same pid."""
+
+import os
+
+import click
+
+from mlx_launcher.backends.assemble import Flags
+from mlx_launcher.cli.launch import SUPERVISOR, make_plan, plan_file
+from mlx_launcher.cli.options import json_option, server_options
+from mlx_launcher.cli.output import App, Result
+from mlx_launcher.errors import EXIT_USAGE, LaunchError
+
+
+@click.command("run")
+@server_options
+@click.option("--log-file", metavar="FILE", help="Where the server's log goes. [default: server.log beside the state]")
+@json_option
+@click.pass_obj
+def command(app: App, model: str | None, demo: bool, port: int, host: str, log_file: str | None) -> Result:
+    """Run a server in the foreground until Ctrl-C or a signal stops it.
+
+    This is what a service manager starts. `mlx-launch start` does the same in the background.
+    """
+    if app.json:
+        hint = "Use start --json, or status --json while it runs"
+        raise LaunchError("usage", "run has no JSON to give, it goes on until it is stopped", hint, EXIT_USAGE)
+    plan = make_plan(app, Flags(model, port, host, log_file), demo)
+    file = plan_file(plan)
+    os.set_inheritable(file.fileno(), True)
+    argv = [*SUPERVISOR, "--plan-fd", str(file.fileno()), "--foreground"]
+    os.execv(argv[0], argv)  # noqa: S606

@@ -1,0 +1,166 @@
+"""The human side: what a status looks like on a terminal, never wider than 80 columns."""
+
+import json
+import shlex
+import sys
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlx_launcher.cli.output import App, clean, paint
+from mlx_launcher.cli.tail import last_lines
+
+WIDTH = 80
+_LABEL = 12
+
+
+def status_screen(status: dict[str, Any]) -> list[str]:
+    """A running server on one screen. `status` is what the supervisor answers."""
+    rows = (_row(label, fit(clean(str(text)), WIDTH - _LABEL - 2)) for label, text in _rows(status))
+    return [_first_line(status), *rows]
+
+
+def failed_screen(status: dict[str, Any], log: Path, lines: int) -> list[str]:
+    """A server that gave up: what it was, and the last lines of its log."""
+    room = WIDTH - _LABEL - 2
+    named = [_row("model", fit(clean(status["model"]["id"]), room)), _row("log", fit(clean(str(log)), room))]
+    excerpt = [part for line in last_lines(log, lines) for part in _wrapped(clean(line[:1000]), WIDTH - 4)]
+    return [_first_line(status), *named, *(f"  | {part}" for part in excerpt)]
+
+
+def ready_screen(app: App, status: dict[str, Any], require_key: bool) -> list[str]:
+    """What somebody who just started a server wants to know next: the address, how to try it, how to stop it.
+
+    Nothing here is shortened: it is there to be copied.
+    """
+    question = {"model": status["model"]["id"], "messages": [{"role": "user", "content": "Hello"}]}
+    curl = [
+        f"curl {shlex.quote(status['url'] + '/chat/completions')}",
+        "-H 'Content-Type: application/json'",
+        f"-d {shlex.quote(json.dumps(question))}",
+    ]
+    if require_key:
+        curl.insert(2, '-H "Authorization: Bearer $MLX_API_KEY"')
+    return [
+        _row("url", status["url"]),
+        _row("state", paint(status["state"], sys.stdout)),
+        _row("model", clean(status["model"]["id"])),
+        "",
+        "Try it:",
+        "  " + " \\\n    ".join(curl),
+        "Stop it:",
+        "  " + app.typed("stop", status["port"]),
+    ]
+
+
+def phase_text(status: dict[str, Any]) -> str:
+    """What a server that is not ready yet is doing, without numbers that change: "loading", "restarting: reason"."""
+    if status["draining"]:
+        return "stopping"
+    text = str(status["phase"] or status["state"])
+    if status["state"] == "restarting" and status["last_error"]:
+        text += f" after: {clean(status['last_error'])}"
+    return text
+
+
+def size(count: int | None) -> str:
+    """Bytes for people, in powers of ten: 999 B, 1.5 kB, 12 MB."""
+    if count is None:
+        return "?"
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.1f} {unit}" if unit != "B" and value < 10 else f"{value:.0f} {unit}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds for people, in the two units that matter: 45 s, 3 min 12 s, 2 h 5 min, 4 d 1 h."""
+    if seconds is None:
+        return "?"
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def fit(text: str, width: int) -> str:
+    """The text in at most `width` columns, with dots for what is left out of its middle: the ends of a path tell most."""
+    if columns(text) <= width:
+        return text
+    front, back = (width - 3) // 3, width - 3 - (width - 3) // 3
+    return f"{_take(text, front)}...{_take(text[::-1], back)[::-1]}"
+
+
+def columns(text: str) -> int:
+    """How wide a terminal shows it."""
+    return len(text) if text.isascii() else sum(map(_width, text))
+
+
+def _wrapped(text: str, width: int) -> Iterator[str]:
+    while part := _take(text, width):
+        yield part
+        text = text[len(part) :]
+
+
+def _take(text: str, width: int) -> str:
+    taken = ""
+    for char in text:
+        width -= _width(char)
+        if width < 0:
+            break
+        taken += char
+    return taken
+
+
+def _width(char: str) -> int:
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def _first_line(status: dict[str, Any]) -> str:
+    notes = [status["phase"], "draining" if status["draining"] else None]
+    if status["listener"] == "lent":
+        notes.append("the server holds the port itself")
+    doing = ", ".join(note for note in notes if note)
+    return f"port {status['port']}: {paint(status['state'], sys.stdout)}{f' ({doing})' if doing else ''}"
+
+
+def _rows(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "url", status["url"]
+    model = status["model"]
+    yield "model", model["id"]
+    if model["path"] != model["id"]:
+        yield "path", model["path"]
+    backend, configured = status["backend"], status["configured_backend"]
+    yield "backend", backend if backend == configured else f"{backend} instead of {configured}"
+    yield "supervisor", _process(status["supervisor"])
+    server = status["server"]
+    yield "server", _process(server) if server else "none"
+    if server and server["restarts"]:
+        yield "restarts", str(server["restarts"])
+    if server and (last := server["last_exit"]):
+        yield "last exit", f"{last['at']}, {last['reason']}"
+    if did := status["activity"]:
+        yield "requests", f"{did['requests']:,} done, {did['in_flight']} in flight, {did['queued']} queued"
+        read = f"{did['prompt_tokens']:,} read ({did['cached_tokens']:,} from the cache)"
+        yield "tokens", f"{read}, {did['completion_tokens']:,} written"
+    if cache := status["kv_cache"]:
+        limit = f" of {size(cache['limit_bytes'])}" if cache["limit_bytes"] else ""
+        yield "kv cache", f"{cache['entries']} entries, {size(cache['bytes'])}{limit}"
+    if status["last_error"]:
+        yield "last error", status["last_error"]
+    yield "log", status["log_file"]
+
+
+def _process(process: dict[str, Any]) -> str:
+    return f"pid {process['pid']}, up {duration(process['uptime_s'])}, {size(process['rss_bytes'])}"
+
+
+def _row(label: str, text: str) -> str:
+    return f"  {label:<{_LABEL}}{text}"

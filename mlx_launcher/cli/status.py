@@ -1,0 +1,32 @@
+"""`mlx-launch status`: what runs, on one screen."""
+
+import click
+
+from mlx_launcher.cli.instances import ask, choose, failure, last_status, log_file
+from mlx_launcher.cli.options import json_option, which_option
+from mlx_launcher.cli.output import App, Result
+from mlx_launcher.cli.screen import failed_screen, status_screen
+from mlx_launcher.errors import EXIT_NOT_RUNNING, LaunchError
+
+_LOG_LINES = 5
+
+
+@click.command("status")
+@which_option
+@json_option
+@click.pass_obj
+def command(app: App, port: int | None) -> Result:
+    """Show what is running and how it is doing.
+
+    Exits with 3 when nothing is running, and when the server gave up; it then shows why.
+    """
+    instance = choose(app.state_dir, port)
+    try:
+        status = ask(instance, {"do": "status"})
+    except LaunchError as error:
+        last = last_status(instance)
+        if error.code != "not_running" or last.get("state") != "failed":
+            raise
+        lines = failed_screen(last, log_file(instance), _LOG_LINES)
+        return Result(last, lines, failure(app, last, EXIT_NOT_RUNNING))
+    return Result(status, status_screen(status))
