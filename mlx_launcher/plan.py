@@ -47,7 +47,9 @@ class Source(TypedDict):
 
 class Plan(TypedDict):
     schema: int
-    instance: str  # absolute path of the instance's directory: lock, state.json, control.sock, server.log, journal.jsonl
+    instance: (
+        str  # absolute path of the instance's directory: lock, state.json, control.sock, server.log, journal.jsonl
+    )
     hosts: list[str]  # addresses to bind, "127.0.0.1" and "::1" by default
     port: int
     url: str  # what clients use, "http://127.0.0.1:8081/v1"

@@ -3,33 +3,23 @@
 from pathlib import Path
 
 from mlx_launcher.errors import LaunchError
+from mlx_launcher.models.directory import BrokenModelError, check
 
 
 def check_model(directory: Path) -> None:
-    """Raises LaunchError `model_not_found` or `model_incomplete`, naming what is missing; reads no file's content."""
-    try:
-        names = [path.name for path in directory.iterdir()]
-    except FileNotFoundError:
+    """Raises LaunchError `model_not_found`, or `model_incomplete` that names the file that is missing or torn."""
+    if not directory.exists():
         raise LaunchError(
             "model_not_found", f"there is no model at {directory}", "Give a directory that holds an MLX model"
-        ) from None
-    except NotADirectoryError:
+        )
+    if not directory.is_dir():
         raise LaunchError(
             "model_not_found", f"{directory} is a file, not a model", "Give the directory that the file lies in"
-        ) from None
-    except OSError as error:
-        raise LaunchError(
-            "model_not_found", f"the model at {directory} cannot be read: {error.strerror}", "Check who owns it"
-        ) from None
-    missing = [name for name in ("config.json", "tokenizer.json") if name not in names]
-    if not any(name.endswith(".safetensors") for name in names):
-        missing.append("*.safetensors")
-    if missing:
-        raise LaunchError(
-            "model_incomplete",
-            f"the model at {directory} has no {' and no '.join(missing)}",
-            "Download or convert it again, or give another one with --model",
         )
+    try:
+        check(directory)
+    except BrokenModelError as error:
+        raise LaunchError("model_incomplete", error.reason, error.hint.rstrip(".")) from None
 
 
 def served_names(model_id: str, path: str) -> list[str]:

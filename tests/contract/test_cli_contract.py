@@ -17,6 +17,7 @@ import pytest
 
 from mlx_launcher.backends.assemble import Caller, Flags, assemble
 from mlx_launcher.cli import main
+from mlx_launcher.demo import build_random
 from mlx_launcher.supervisor import status as supervisor_status
 
 PORT = 18431
@@ -53,9 +54,7 @@ class World:
     def __init__(self, root: Path, stack: contextlib.ExitStack) -> None:
         self.state_dir = root / "state"
         self.model = root / "model"
-        self.model.mkdir()
-        for name in ("config.json", "tokenizer.json", "model.safetensors"):
-            (self.model / name).touch()
+        build_random(self.model)
         self._stack = stack
 
     def status(self, port: int = PORT, **changes: Any) -> dict[str, Any]:

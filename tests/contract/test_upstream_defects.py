@@ -33,7 +33,9 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_generation_works_only_on_the_thread_that_imported(facts: dict[str, Any]) -> None:
-    assert "no Stream" in (facts["generates_on_another_thread"] or ""), "engine.py need not import on its own thread any more"
+    assert "no Stream" in (facts["generates_on_another_thread"] or ""), (
+        "engine.py need not import on its own thread any more"
+    )
 
 
 def test_the_cache_directory_is_one_for_the_user(facts: dict[str, Any]) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import RotatingKVCache
 from mlx_textgen import cache_utils, engine, model_utils, rotating_kv_cache_patch, utils
-from mlx_textgen.sampling_utils import SamplingParams
 
 MODEL, SCRATCH = Path(sys.argv[1]), Path(sys.argv[2])
 facts: dict[str, Any] = {}
@@ -48,7 +47,7 @@ before = mx.get_active_memory()
 model = model_utils.LLMModel(str(MODEL), verbose=False, enable_cache=False)
 facts["bytes_loaded_by_the_constructor"] = mx.get_active_memory() - before
 facts["generates_on_another_thread"] = on_another_thread(
-    lambda: list(model._stream(model.create_inference_plan("Hi"), mx.zeros((1, 300)), [], SamplingParams(max_completion_tokens=2)))
+    lambda: mx.eval(model._inference(mx.array([[1, 2]]), cache=model.get_empty_cache(), mask=None))
 )
 facts["cache_directory"] = utils.get_prompt_cache_dir()
 facts["wired_limit"] = raised(lambda: model_utils.wired_limit(model.model).__enter__())

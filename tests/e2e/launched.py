@@ -85,7 +85,9 @@ class Launcher:
         self.state_dir = state_dir
         self.port = free_port()
 
-    def command(self, *arguments: str, timeout_s: float = 90.0, **environment: str) -> "subprocess.CompletedProcess[str]":
+    def command(
+        self, *arguments: str, timeout_s: float = 90.0, **environment: str
+    ) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
             [sys.executable, "-m", "mlx_launcher", "--state-dir", str(self.state_dir), *arguments],
             env={**os.environ, "MLX_LAUNCH_TEST": str(self.state_dir), **environment},
@@ -128,7 +130,9 @@ class Crowd:
         self.refused: list[str] = []
         self.errors: list[str] = []
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._loop, args=(ask, number), daemon=True) for number in range(clients)]
+        self._threads = [
+            threading.Thread(target=self._loop, args=(ask, number), daemon=True) for number in range(clients)
+        ]
 
     def _loop(self, ask: Callable[[int], None], number: int) -> None:
         while not self._stop.is_set():

@@ -73,7 +73,9 @@ def test_openai_client_completions_and_models(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "get_weather"}}])
-def test_a_tool_is_called_with_valid_arguments_and_its_result_answered(demo: Launcher, choice: Any, streamed: bool) -> None:
+def test_a_tool_is_called_with_valid_arguments_and_its_result_answered(
+    demo: Launcher, choice: Any, streamed: bool
+) -> None:
     question = [{"role": "user", "content": "What is the weather?"}]
     reply = chat(demo.port, question, tools=[WEATHER, STOP], tool_choice=choice, stream=streamed)
     if streamed:
@@ -166,5 +168,5 @@ def test_nothing_of_a_prompt_or_an_answer_is_written_to_a_log(demo: Launcher) ->
     http_request(demo.port, "/v1/chat/completions", b'{"messages": "Xylophone-4711"')
     logs = [path for path in demo.state_dir.rglob("*") if path.is_file() and "kvcache" not in path.parts]
     assert any(path.name == "server.log" for path in logs)
-    assert [path for path in logs if b"Xylophone" in path.read_bytes() or b"and every part in between" in path.read_bytes()
-            and "models" not in path.parts] == []  # fmt: skip
+    assert [path for path in logs if b"Xylophone" in path.read_bytes() or (b"and every part in between" in path.read_bytes()
+            and "models" not in path.parts)] == []  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 
 from mlx_launcher.backends.assemble import Caller, Flags, assemble
 from mlx_launcher.backends.models import check_model, served_names
+from mlx_launcher.demo import build_random
 from mlx_launcher.errors import LaunchError
 from mlx_launcher.host.settings import CacheSettings, Settings
 from mlx_launcher.plan import Backend, Plan
@@ -18,11 +19,7 @@ FILES = ("config.json", "tokenizer.json", "model.safetensors")
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    directory = tmp_path / "Qwen3_Coder-30B-4bit"
-    directory.mkdir()
-    for name in FILES:
-        (directory / name).touch()
-    return directory
+    return build_random(tmp_path / "Qwen3_Coder-30B-4bit")
 
 
 def plan_for(flags: Flags, tmp_path: Path, **environment: str) -> Plan:

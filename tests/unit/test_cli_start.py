@@ -17,6 +17,7 @@ from mlx_launcher.backends import assemble
 from mlx_launcher.backends.textgen import textgen
 from mlx_launcher.cli import main, start
 from mlx_launcher.cli.instances import ask, is_locked, not_running, remembered
+from mlx_launcher.demo import build_random
 
 FAKE_HOST = Path(__file__).parents[1] / "fakes" / "host.py"
 
@@ -65,11 +66,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 
 def _model(root: Path, name: str) -> Path:
-    directory = root / name
-    directory.mkdir()
-    for file in ("config.json", "tokenizer.json", "model.safetensors"):
-        (directory / file).touch()
-    return directory
+    return build_random(root / name)
 
 
 def _free_port() -> int:

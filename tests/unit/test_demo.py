@@ -225,7 +225,7 @@ def test_a_conversation_is_a_prefix_of_its_next_turn(tokenizer: Any) -> None:
 
     answer = {"role": "assistant", "content": AFTER_RESULT}
     call_text = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Berlin"}}\n</tool_call>'
-    turns = [{"role": "system", "content": "Be brief."}, USER]
+    turns: list[dict[str, Any]] = [{"role": "system", "content": "Be brief."}, USER]
     for message, text in ((CALL, call_text), (answer, AFTER_RESULT)):
         before = render(turns, True)
         turns.append(message)
@@ -341,7 +341,7 @@ SCHEMAS = {
         p={"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
         m={"type": "number", "maximum": -3.5},
     ),
-    "formats": an_object(**{name: {"type": "string", "format": name} for name in FORMATS}),
+    "formats": an_object((), **{name: {"type": "string", "format": name} for name in FORMATS}),
     "patterns": an_object(p={"type": "string", "pattern": "^[a-z]{3}-[0-9]{4}$"}),
     "any of": an_object(a={"anyOf": [TEXT, {"type": "null"}]}, b={"type": ["integer", "null"]}, c={}),
     "anything": {},

@@ -29,7 +29,9 @@ def messages_given(*messages: dict[str, Any]) -> list[dict[str, Any]]:
 
 def test_text_parts_become_one_string_and_null_the_empty_one() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert [m["content"] for m in messages_given({"role": "user", "content": parts}, {"role": "user", "content": None})] == [
+    assert [
+        m["content"] for m in messages_given({"role": "user", "content": parts}, {"role": "user", "content": None})
+    ] == [
         "a\nb",
         "",
     ]

@@ -72,7 +72,13 @@ def started(runtime: Any, faults: "queue.Queue[ModelFault | None] | None" = None
 
 
 async def ask(
-    app: App, path: str, body: Any = None, *, headers: Any = (), client: str = "127.0.0.1", gone: asyncio.Event | None = None
+    app: App,
+    path: str,
+    body: Any = None,
+    *,
+    headers: Any = (),
+    client: str = "127.0.0.1",
+    gone: asyncio.Event | None = None,
 ) -> tuple[int, dict[str, str], bytes]:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else b""
     parts = [raw[at : at + 1000] for at in range(0, len(raw), 1000)] or [b""]
@@ -114,7 +120,9 @@ def test_an_answer_whole_and_streamed(app: App) -> None:
     assert json.loads(body)["choices"][0]["message"]["content"] == "Hello"
     assert json.loads(body)["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
 
-    status, headers, body = asyncio.run(ask(app, CHAT, {**HELLO, "stream": True, "stream_options": {"include_usage": True}}))
+    status, headers, body = asyncio.run(
+        ask(app, CHAT, {**HELLO, "stream": True, "stream_options": {"include_usage": True}})
+    )
     assert (status, headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
     events = body.decode().split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
@@ -123,12 +131,14 @@ def test_an_answer_whole_and_streamed(app: App) -> None:
     assert chunks[-1]["usage"]["total_tokens"] == 7
 
 
-def test_requests_beyond_the_queue_are_told_to_come_back_and_the_others_are_answered(app: App, runtime: Scripted) -> None:
+def test_requests_beyond_the_queue_are_told_to_come_back_and_the_others_are_answered(
+    app: App, runtime: Scripted
+) -> None:
     runtime.gate.clear()
 
     async def crowd() -> list[tuple[int, dict[str, str], bytes]]:
         asks = [asyncio.create_task(ask(app, CHAT, HELLO)) for _ in range(5)]
-        refused = [answer for answer in await asyncio.gather(*asks[3:])]
+        refused = list(await asyncio.gather(*asks[3:]))
         runtime.gate.set()
         return [*await asyncio.gather(*asks[:3]), *refused]
 
@@ -137,7 +147,9 @@ def test_requests_beyond_the_queue_are_told_to_come_back_and_the_others_are_answ
     assert answers[-1][1]["retry-after"] == "1"
 
 
-def test_a_client_that_leaves_ends_its_work_and_one_that_left_while_it_waited_is_never_begun(app: App, runtime: Scripted) -> None:
+def test_a_client_that_leaves_ends_its_work_and_one_that_left_while_it_waited_is_never_begun(
+    app: App, runtime: Scripted
+) -> None:
     runtime.gate.clear()
 
     async def leave() -> None:
@@ -209,7 +221,9 @@ def test_what_cannot_be_answered_has_its_status(app: App, path: str, body: Any, 
     assert set(json.loads(answer)["error"]) == {"message", "type", "param", "code"}
 
 
-def test_a_key_is_demanded_where_the_settings_do_and_models_and_health_are_exempt_on_loopback(runtime: Scripted) -> None:
+def test_a_key_is_demanded_where_the_settings_do_and_models_and_health_are_exempt_on_loopback(
+    runtime: Scripted,
+) -> None:
     app = App(started(runtime), {**SETTINGS, "require_key": True})
     right = [(b"authorization", b"Bearer secret")]
     wrong = [(b"authorization", b"Bearer guess")]
@@ -237,7 +251,8 @@ def test_the_proof_goes_through_the_app_and_fails_with_its_reason(runtime: Scrip
 
 
 @pytest.mark.parametrize(
-    ("failure", "words"), [(ModelFault("torn", "again"), "torn"), (MemoryError("too big"), "MemoryError while loading: too big")]
+    ("failure", "words"),
+    [(ModelFault("torn", "again"), "torn"), (MemoryError("too big"), "MemoryError while loading: too big")],
 )
 def test_a_model_that_does_not_load_is_a_fault(failure: Exception, words: str) -> None:
     class Broken(Scripted):

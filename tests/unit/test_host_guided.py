@@ -1,5 +1,6 @@
 import json
-from pathlib import Path
+import subprocess
+import sys
 from typing import Any
 
 import mlx.core as mx
@@ -83,7 +84,9 @@ def test_guides_allow_what_they_say(guides: Guides, tokenizer: Any, guide: Guide
     assert not accepts(guides, tokenizer, guide_grammar(guide), bad)
 
 
-@pytest.mark.parametrize("guide", [Guide("regex", "("), Guide("grammar", "nonsense"), Guide("json", {"type": "nothing"})])
+@pytest.mark.parametrize(
+    "guide", [Guide("regex", "("), Guide("grammar", "nonsense"), Guide("json", {"type": "nothing"})]
+)
 def test_a_grammar_that_cannot_be_followed_is_a_400(guides: Guides, guide: Guide) -> None:
     with pytest.raises(RequestError) as caught:
         guides.matcher(guide_grammar(guide))
@@ -103,10 +106,8 @@ def test_tokens_that_do_not_fit_leave_the_matcher_as_it_was(guides: Guides, toke
     assert matcher.finished
 
 
-def test_the_host_never_imports_outlines_or_torch(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
-    code = "import mlx_launcher.host.textgen, sys; print([n for n in ('torch', 'outlines', 'mlx_vlm', 'datasets') if n in sys.modules])"
+def test_the_host_never_imports_outlines_or_torch() -> None:
+    heavy = ("torch", "outlines", "mlx_vlm", "datasets")
+    code = f"import mlx_launcher.host.textgen, sys; print([name for name in {heavy} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert out.stdout.strip() == "[]"

@@ -13,7 +13,10 @@ HOST_LIBRARIES = {"mlx", "mlx_lm", "mlx_textgen", "llguidance", "numpy", "pydant
 
 # room -> (rooms it may import, libraries it may import)
 RULES: dict[str, tuple[set[str], set[str]]] = {
-    "cli": ({"config", "backends", "demo", "service", "kvcache", "models", "system", "supervisor.control", *LEAVES}, {"click"}),
+    "cli": (
+        {"config", "backends", "demo", "service", "kvcache", "models", "system", "supervisor.control", *LEAVES},
+        {"click"},
+    ),
     "config": ({"models", "system", *LEAVES}, set()),
     "backends": ({"config", "models", *LEAVES}, set()),
     "supervisor": ({"system", *LEAVES}, set()),
@@ -49,7 +52,11 @@ def is_allowed(name: str, room: str) -> bool:
     top, *rest = name.split(".")
     if top != "mlx_launcher":
         return top in sys.stdlib_module_names or top in libraries
-    return not rest or rest[0] in {room, "__version__"} or any(name.startswith(f"mlx_launcher.{allowed}") for allowed in rooms)
+    return (
+        not rest
+        or rest[0] in {room, "__version__"}
+        or any(name.startswith(f"mlx_launcher.{allowed}") for allowed in rooms)
+    )
 
 
 def test_every_import_is_in_the_table() -> None:

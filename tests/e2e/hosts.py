@@ -1,0 +1,118 @@
+"""A real host process without a supervisor, for what the command has no flag for."""
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launched import Reply, chat, free_port, until
+
+__all__ = ["Host", "free_port"]
+
+
+class Host:
+    """`with Host(model, port, cache_directory) as host`: ready inside, ended in order at the end."""
+
+    def __init__(
+        self,
+        model: Path,
+        port: int,
+        cache_directory: Path,
+        *,
+        cache: dict[str, Any] | None = None,
+        max_file_bytes: int | None = None,
+        **environment: str,
+    ) -> None:
+        self.port = port
+        self.phases: list[str] = []
+        self.fault: str | None = None
+        self.counters: dict[str, Any] = {}
+        self.ready = False
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the host
+        ours, theirs = socket.socketpair()
+        listener = socket.create_server(("127.0.0.1", port))
+        self.process = subprocess.Popen(
+            [
+                *[sys.executable, "-m", "mlx_launcher.host", "textgen"],
+                *["--channel", str(theirs.fileno()), "--listen", str(listener.fileno())],
+            ],
+            pass_fds=[theirs.fileno(), listener.fileno()],
+            env={**os.environ, **environment},
+            stdout=self._output,
+            stderr=self._output,
+            start_new_session=True,
+            preexec_fn=_limit_files(max_file_bytes) if max_file_bytes else None,
+        )
+        theirs.close()
+        listener.close()
+        self.channel = ours
+        settings = {
+            "model_path": str(model),
+            "model_id": "m",
+            "names": ["m"],
+            "accept_any_model": True,
+            "api_key": None,
+            "require_key": False,
+            "max_queue": 32,
+            "max_body_bytes": 1 << 25,
+            "prefill_batch": 512,
+            "cache": {"enabled": True, "dir": str(cache_directory), "slots": 10, "min_tokens": 100, **(cache or {})},
+        }
+        self.say({"type": "activate", "settings": settings})
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def say(self, message: dict[str, Any]) -> None:
+        self.channel.sendall(json.dumps(message).encode() + b"\n")
+
+    def log(self) -> str:
+        self._output.seek(0)
+        return self._output.read().decode()
+
+    def timed_chat(self, content: str, **fields: Any) -> tuple[Reply, float]:
+        began = time.perf_counter()
+        reply = chat(self.port, content, **fields)
+        return reply, time.perf_counter() - began
+
+    def _read(self) -> None:
+        for line in self.channel.makefile("rb"):
+            message = json.loads(line)
+            if message["type"] == "phase":
+                self.phases.append(message["phase"])
+            elif message["type"] == "ready":
+                self.ready = True
+            elif message["type"] == "fault":
+                self.fault = message["reason"]
+            else:
+                self.counters = message
+
+    def __enter__(self) -> "Host":
+        until(lambda: self.ready or self.process.poll() is not None, 60, "ready")
+        assert self.ready, self.log()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.say({"type": "drain"})
+            assert self.process.wait(30) == 0, self.log()
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()
+            self.channel.close()
+
+
+def _limit_files(limit: int) -> Callable[[], None]:
+    def limit_files() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return limit_files
