@@ -16,7 +16,8 @@ def textgen(name: str, model: Model, instance: Path, api_key: str | None = None,
     return {
         "name": name,
         "kind": "host",
-        "argv": [sys.executable, "-m", "mlx_launcher.host", "textgen"],
+        # -P: the directory that it runs in may hold a json.py.
+        "argv": [sys.executable, "-P", "-m", "mlx_launcher.host", "textgen"],
         "env": {"PYTHONUNBUFFERED": "1"},
         "cwd": None,
         "settings": {

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-from mlx_launcher.backends.assemble import Caller, Flags, assemble, demo_directory
+from mlx_launcher.backends.assemble import API_KEY_VARIABLE, Caller, Flags, assemble, demo_directory
 from mlx_launcher.cli.output import App
 from mlx_launcher.config.paths import create_state_dir
 from mlx_launcher.errors import EXIT_USAGE, LaunchError
@@ -31,6 +31,11 @@ def make_plan(app: App, flags: Flags, demo: bool) -> Plan:
         _build_demo(demo_directory(app.state_dir))
     caller = Caller([sys.executable, "-m", "mlx_launcher", *app.arguments], _current_directory(), os.environ)
     return assemble(flags, app.state_dir, caller)
+
+
+def supervisor_environment() -> dict[str, str]:
+    """This process's environment without the key: the supervisor has it from the plan, and `ps` shows environments."""
+    return {name: value for name, value in os.environ.items() if name != API_KEY_VARIABLE}
 
 
 def _build_demo(directory: Path) -> None:

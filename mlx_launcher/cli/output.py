@@ -12,6 +12,7 @@ import click
 from mlx_launcher.config import defaults
 from mlx_launcher.errors import LaunchError
 
+PROGRAM = "mlx-launch"
 EXIT_INTERRUPTED = 130
 _COLOURS = {"ready": "green", "idle": "green", "degraded": "yellow", "restarting": "yellow", "failed": "red"}
 
@@ -41,13 +42,24 @@ class App:
 
     def typed(self, command: str, port: int) -> str:
         """A command as it has to be typed to mean the server on this port."""
-        words = ["mlx-launch"]
+        words = [_program()]
         if self.state_dir_given:
             words += ["--state-dir", str(self.state_dir)]
         words.append(command)
         if port != defaults.PORT:
             words += ["--port", str(port)]
         return shlex.join(words)
+
+
+def _program() -> str:
+    """What to type for this command: its path where the name alone finds no or another one (an environment not activated)."""
+    called = Path(sys.argv[0])
+    if called.name != PROGRAM:
+        return PROGRAM
+    import shutil
+
+    found = shutil.which(PROGRAM)
+    return PROGRAM if found and called.exists() and called.samefile(found) else str(called)
 
 
 def render(app: App, result: Result) -> int:

@@ -5,7 +5,7 @@ import os
 import click
 
 from mlx_launcher.backends.assemble import Flags
-from mlx_launcher.cli.launch import SUPERVISOR, make_plan, plan_file
+from mlx_launcher.cli.launch import SUPERVISOR, make_plan, plan_file, supervisor_environment
 from mlx_launcher.cli.options import json_option, server_options
 from mlx_launcher.cli.output import App, Result
 from mlx_launcher.errors import EXIT_USAGE, LaunchError
@@ -28,4 +28,4 @@ def command(app: App, model: str | None, demo: bool, port: int, host: str, log_f
     file = plan_file(plan)
     os.set_inheritable(file.fileno(), True)
     argv = [*SUPERVISOR, "--plan-fd", str(file.fileno()), "--foreground"]
-    os.execv(argv[0], argv)  # noqa: S606
+    os.execve(argv[0], argv, supervisor_environment())  # noqa: S606

@@ -13,7 +13,7 @@ import click
 
 from mlx_launcher.backends.assemble import Flags
 from mlx_launcher.cli.instances import ask, failure, last_status, log_file, not_running
-from mlx_launcher.cli.launch import SUPERVISOR, make_plan, plan_file
+from mlx_launcher.cli.launch import SUPERVISOR, make_plan, plan_file, supervisor_environment
 from mlx_launcher.cli.options import json_option, server_options
 from mlx_launcher.cli.output import EXIT_INTERRUPTED, App, Result
 from mlx_launcher.cli.progress import Progress
@@ -110,6 +110,7 @@ def _spawn(app: App, plan: Plan) -> None:
                 [*SUPERVISOR, "--plan-fd", str(fds[0]), "--report-fd", str(fds[1])],
                 pass_fds=fds,
                 start_new_session=True,
+                env=supervisor_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -244,7 +244,7 @@ def test_run_becomes_the_supervisor_and_hands_it_the_plan(bench: Bench, monkeypa
     class Replaced(BaseException):
         pass
 
-    def execv(path: str, argv: list[str]) -> None:
+    def execve(path: str, argv: list[str], environment: dict[str, str]) -> None:
         descriptor = int(argv[argv.index("--plan-fd") + 1])
         assert os.get_inheritable(descriptor)
         with open(descriptor, "rb", closefd=False) as file:
@@ -252,9 +252,10 @@ def test_run_becomes_the_supervisor_and_hands_it_the_plan(bench: Bench, monkeypa
         assert (path, plan["port"], plan["log_file"]) == (sys.executable, bench.port, "/logs/mine")
         assert argv[-3:] == ["--plan-fd", str(descriptor), "--foreground"]
         assert not any(str(bench.port) in word for word in argv)
+        assert "MLX_API_KEY" not in environment
         raise Replaced
 
-    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(os, "execve", execve)
     with pytest.raises(Replaced):
         main(["--state-dir", str(bench.state_dir), "run", *bench.serve, "--log-file", "/logs/mine"])
 

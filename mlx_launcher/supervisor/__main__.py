@@ -1,0 +1,179 @@
+"""`python -m mlx_launcher.supervisor --plan-fd N [--report-fd N] [--foreground]`: from a plan to a running loop."""
+
+# No pathlib: it costs 1 MiB in a process that lives for weeks.
+# ruff: noqa: PTH101, PTH103, PTH118, PTH120, PTH123
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from typing import Any, NamedTuple
+
+from mlx_launcher.errors import EXIT_USAGE, LaunchError
+from mlx_launcher.plan import Plan
+from mlx_launcher.supervisor import status
+from mlx_launcher.supervisor.journal import Journal
+from mlx_launcher.supervisor.listener import bind_all
+from mlx_launcher.supervisor.loop import Supervisor
+from mlx_launcher.supervisor.process import end_orphan
+
+PLAN_SCHEMA = 1
+# A command that looks whether the lock is free holds it for a moment.
+LOCK_S = 0.3
+
+
+class Arguments(NamedTuple):
+    plan_fd: int
+    report_fd: int | None
+    foreground: bool
+
+
+def main(argv: list[str]) -> int:
+    wake = _catch_signals()
+    try:
+        arguments = _parse(argv)
+    except ValueError:
+        sys.stderr.write("mlx-launch: this program is started by mlx-launch. Use mlx-launch run\n")
+        return EXIT_USAGE
+    try:
+        supervisor = _prepare(arguments, wake)
+    except LaunchError as error:
+        _report(arguments.report_fd, {"ok": False, "error": error.as_json(), "exit": error.exit_code}, error)
+        return error.exit_code
+    _report(arguments.report_fd, {"ok": True, "pid": os.getpid()})
+    return supervisor.run()
+
+
+def _parse(argv: list[str]) -> Arguments:
+    """Three flags do not need argparse, which costs most of a megabyte."""
+    rest = list(argv)
+    numbers: dict[str, int] = {}
+    foreground = False
+    while rest:
+        flag = rest.pop(0)
+        if flag == "--foreground":
+            foreground = True
+        elif flag in ("--plan-fd", "--report-fd") and rest:
+            numbers[flag] = int(rest.pop(0))
+        else:
+            raise ValueError(flag)
+    if "--plan-fd" not in numbers:
+        raise ValueError("--plan-fd")
+    return Arguments(numbers["--plan-fd"], numbers.get("--report-fd"), foreground)
+
+
+def _catch_signals() -> socket.socket:
+    """Signals become bytes on a socket that the loop reads; they count from now on, even before the loop runs."""
+    wake, feed = socket.socketpair()
+    wake.setblocking(False)
+    feed.setblocking(False)
+    signal.set_wakeup_fd(feed.detach(), warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, lambda *_: None)
+    return wake
+
+
+def _prepare(arguments: Arguments, wake: socket.socket) -> Supervisor:
+    """Everything that must hold before anybody is told that the supervisor runs. In this order: each step relies on the last."""
+    plan = _read_plan(arguments.plan_fd)
+    _keep_standard_descriptors()
+    _enter(plan["instance"])
+    _lock(plan)
+    journal = Journal(os.path.join(plan["instance"], "journal.jsonl"))
+    _end_what_was_left(journal)
+    listeners = bind_all(plan["hosts"], plan["port"], journal.note)
+    try:
+        return Supervisor(plan, listeners, journal, wake, arguments.foreground)
+    except OSError as error:
+        raise _state_error(plan["instance"], error) from error
+
+
+def _read_plan(fd: int) -> Plan:
+    try:
+        with contextlib.suppress(OSError):
+            os.lseek(fd, 0, os.SEEK_SET)  # the writer's offset is ours
+        with open(fd, "rb") as file:
+            plan: Plan = json.loads(file.read())
+        if plan["schema"] != PLAN_SCHEMA or plan["backend"]["kind"] != "host":
+            raise ValueError(f"schema {plan['schema']}, backend kind {plan['backend']['kind']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LaunchError(
+            "bad_plan", f"the plan cannot be used: {error!r}", "Start again with mlx-launch start"
+        ) from error
+    return plan
+
+
+def _keep_standard_descriptors() -> None:
+    """Without 0, 1 and 2 open, a socket could get their numbers, and a child would write its errors into it."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def _enter(instance: str) -> None:
+    """Makes the instance's directory, and is in it for good: the socket's path may be too long to be named otherwise."""
+    try:
+        os.makedirs(os.path.dirname(instance), mode=0o700, exist_ok=True)
+        os.makedirs(instance, mode=0o700, exist_ok=True)
+        os.chdir(instance)
+        os.chmod(".", 0o700)
+    except OSError as error:
+        raise _state_error(instance, error) from error
+
+
+def _state_error(instance: str, error: OSError) -> LaunchError:
+    message = f"the state directory {instance} cannot be used: {error.strerror or error}"
+    return LaunchError("state_dir", message, "Choose another one with --state-dir")
+
+
+def _lock(plan: Plan) -> None:
+    """Takes the instance's lock for the life of this process: its descriptor is never closed."""
+    try:
+        fd = os.open("lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise _state_error(plan["instance"], error) from error
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise _state_error(plan["instance"], error) from error
+        if time.monotonic() >= deadline:
+            state, _ = status.read_state()
+            who = f" (pid {state['pid']})" if state and isinstance(state.get("pid"), int) else ""
+            message = f"a supervisor{who} already runs for port {plan['port']}"
+            raise LaunchError("already_running", message, "See mlx-launch status")
+        time.sleep(0.02)
+
+
+def _end_what_was_left(journal: Journal) -> None:
+    """We hold the lock, so a server that state.json names and that still runs belongs to a supervisor that was killed."""
+    state, trouble = status.read_state()
+    if trouble is not None:
+        journal.note("state_ignored", reason=trouble)
+    server: Any = state.get("server") if state else None
+    if isinstance(server, dict) and type(server.get("pid")) is int:
+        end_orphan(server["pid"], server.get("started"), journal.note)
+
+
+def _report(fd: int | None, report: dict[str, Any], error: LaunchError | None = None) -> None:
+    """Says once how the start went: to whoever waits on `fd`, else an error to the terminal."""
+    with contextlib.suppress(OSError):
+        if fd is not None:
+            with open(fd, "wb") as file:
+                file.write(json.dumps(report).encode() + b"\n")
+        elif error is not None:
+            sys.stderr.write(f"mlx-launch: {error.message}. {error.hint}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,130 @@
+"""What `status` answers, and the file that tells it after the supervisor has ended."""
+
+# No pathlib: it costs 1 MiB in a process that lives for weeks.
+# ruff: noqa: PTH105, PTH108, PTH123
+
+import contextlib
+import json
+import os
+from typing import Any, TypedDict
+
+from mlx_launcher.plan import Plan
+
+STATE_NAME = "state.json"
+SCHEMA = 1
+
+_ACTIVITY = ("in_flight", "queued", "requests", "prompt_tokens", "cached_tokens", "completion_tokens", "idle_s")
+NO_KV_CACHE: dict[str, Any] = {"dir": None, "entries": 0, "bytes": 0, "limit_bytes": None}
+
+
+class ServerStatus(TypedDict):
+    pid: int
+    uptime_s: float
+    rss_bytes: int | None
+    restarts: int
+    last_exit: dict[str, Any] | None
+
+
+class Seen(TypedDict):
+    """What only the loop knows. `beat` is the host's last message of that type, or empty."""
+
+    state: str
+    phase: str | None
+    progress: dict[str, int] | None
+    draining: bool
+    last_error: str | None
+    uptime_s: float
+    rss_bytes: int | None
+    server: ServerStatus | None
+    beat: dict[str, Any]
+    events: list[dict[str, Any]]
+
+
+def build(plan: Plan, seen: Seen) -> dict[str, Any]:
+    """The `status` data of CLI.md, with `progress`, `events`, `notes`, `log_file`, `port` and `settings` beside it."""
+    beat = seen["beat"]
+    backend = plan["backend"]["name"]
+    return {
+        "state": seen["state"],
+        "phase": seen["phase"],
+        "progress": seen["progress"],
+        "url": plan["url"],
+        "listener": "owned",
+        "draining": seen["draining"],
+        "backend": backend,
+        "configured_backend": backend,
+        "rollback": None,
+        "model": dict(plan["model"]),
+        "supervisor": {"pid": os.getpid(), "uptime_s": round(seen["uptime_s"], 1), "rss_bytes": seen["rss_bytes"]},
+        "server": seen["server"],
+        "activity": {key: beat.get(key, 0.0 if key == "idle_s" else 0) for key in _ACTIVITY},
+        "kv_cache": {**NO_KV_CACHE, **_as_dict(beat.get("kv_cache"))},
+        "last_error": seen["last_error"],
+        "notes": beat.get("notes", []),
+        "events": seen["events"],
+        "log_file": plan["log_file"],
+        "port": plan["port"],
+        "settings": {
+            "model": plan["model"]["path"],
+            "backend": backend,
+            "port": plan["port"],
+            "hosts": plan["hosts"],
+        },
+    }
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def headline(status: dict[str, Any]) -> str:
+    """The state as one line for a person."""
+    state, reason = status["state"], status["last_error"]
+    if state == "ready":
+        return "stopping: waiting for the requests in flight" if status["draining"] else f"ready {status['url']}"
+    if state == "stopped":
+        return "stopped"
+    if status["draining"]:
+        return "stopping"
+    if state == "failed" or (state == "restarting" and status["phase"] is None):
+        return f"{state}: {reason}"
+    progress = status["progress"]
+    if status["phase"] == "loading" and progress:
+        return f"loading {progress['done'] * 10 // progress['total'] * 10} %"
+    return str(status["phase"] or state)
+
+
+def write_state(pid_started: float | None, server: dict[str, Any] | None, status: dict[str, Any]) -> str | None:
+    """Replaces state.json in the working directory, whole or not at all; why it could not be, or None."""
+    text = json.dumps(
+        {"schema": SCHEMA, "pid": os.getpid(), "pid_started": pid_started, "server": server, "status": status}
+    )
+    new = f".{STATE_NAME}.new"
+    try:
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            data = text.encode()
+            while data:
+                data = data[os.write(fd, data) :]
+        finally:
+            os.close(fd)
+        os.replace(new, STATE_NAME)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(new)
+        return error.strerror or str(error)
+    return None
+
+
+def read_state() -> tuple[dict[str, Any] | None, str | None]:
+    """state.json of the working directory as it was left, and why it is not usable where it exists and is not."""
+    try:
+        with open(STATE_NAME, "rb") as file:
+            state = json.loads(file.read())
+    except FileNotFoundError:
+        return None, None
+    except (OSError, ValueError, RecursionError) as error:
+        return None, str(error)
+    if not isinstance(state, dict) or state.get("schema") != SCHEMA:
+        return None, "it is not a state of this version"
+    return state, None

@@ -1,0 +1,184 @@
+"""A server that speaks the host's side of the channel and does what its arguments say. Standard library only; quick to start.
+
+`GET /pid` (any other path too) answers with its pid; `/die` exits with 3, `/kill` is SIGKILL, `/freeze` SIGSTOP, `/exit0` exits
+with 0, `/fault` reports a fault and exits with 1, `/slow` answers after a second, `/flood?N` writes N bytes of log first,
+`/line?N` N bytes of binary without a newline.
+"""
+
+import argparse
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+arguments = argparse.ArgumentParser()
+arguments.add_argument("--channel", type=int, required=True)
+arguments.add_argument("--listen", required=True)
+arguments.add_argument("--loading-s", type=float, default=0.0, help="report loading for that long before proving")
+arguments.add_argument(
+    "--die", choices=("importing", "loading", "proving", "ready"), help="SIGKILL itself in that phase"
+)
+arguments.add_argument("--fault", help="report this fault instead of ready, and exit with 1")
+arguments.add_argument("--ignore-sigterm", action="store_true")
+arguments.add_argument("--ignore-channel", action="store_true", help="never read it, not even its end")
+arguments.add_argument(
+    "--grandchild", help="leave a process that sleeps, holds the pipe, ignores SIGTERM; its pid goes here"
+)
+arguments.add_argument("--garbage", action="store_true", help="send lines on the channel that are not messages")
+options = arguments.parse_args()
+
+channel = socket.socket(fileno=options.channel)
+channel.set_inheritable(False)
+listeners = [socket.socket(fileno=int(fd)) for fd in options.listen.split(",")]
+for listener in listeners:
+    listener.set_inheritable(False)
+write_lock = threading.Lock()
+in_flight = 0
+served = 0
+draining = False
+
+
+def send(**message: object) -> None:
+    with write_lock:
+        channel.sendall(json.dumps(message).encode() + b"\n")
+
+
+def phase(name: str, done: int | None = None) -> None:
+    send(type="phase", phase=name, done=done, total=None if done is None else 100)
+    if options.die == name:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def beat() -> None:
+    kv_cache = {"dir": "/kv", "entries": 1, "bytes": 2, "limit_bytes": 3}
+    send(type="beat", in_flight=in_flight, queued=0, requests=served, rss_bytes=4096, kv_cache=kv_cache, notes=[])
+
+
+def leave_grandchild() -> None:
+    ignore = "import signal,time; signal.signal(15, signal.SIG_IGN); print('grandchild', flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-S", "-c", ignore])
+    Path(options.grandchild).write_text(str(child.pid))
+
+
+def start_up() -> None:
+    if options.ignore_sigterm:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("fake host", os.getpid(), flush=True)
+    phase("importing")
+    if options.grandchild:
+        leave_grandchild()
+    began = time.monotonic()
+    phase("loading", 0)
+    while (passed := time.monotonic() - began) < options.loading_s:
+        phase("loading", int(100 * passed / options.loading_s))
+        time.sleep(0.02)
+    if options.garbage:
+        with write_lock:
+            channel.sendall(b"x" * 100_000 + b"\nnot json\n[1]\n\xff\xfe\n{}\n" + b'{"type":"phase","phase":7}\n')
+    phase("proving")
+    if options.fault:
+        send(type="fault", reason=options.fault, hint="Look at it.")
+        os._exit(1)
+    send(type="ready", took_s=round(time.monotonic() - began, 2))
+    beat()
+    if options.die == "ready":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def answer(client: socket.socket) -> None:
+    global in_flight, served
+    client.setblocking(True)
+    client.settimeout(5)
+    in_flight += 1
+    beat()
+    try:
+        request = client.recv(65536).decode("latin-1")
+        path, _, amount = request.split(" ")[1].partition("?") if request else ("/", "", "")
+        act(path, int(amount or 0))
+        served += 1
+        body = str(os.getpid()).encode()
+        client.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+    except OSError:
+        pass
+    finally:
+        client.close()
+        in_flight -= 1
+        beat()
+        if draining and not in_flight:
+            os._exit(0)
+
+
+def act(path: str, amount: int) -> None:
+    if path == "/die":
+        os._exit(3)
+    if path == "/exit0":
+        os._exit(0)
+    if path in ("/kill", "/freeze"):
+        os.kill(os.getpid(), signal.SIGKILL if path == "/kill" else signal.SIGSTOP)
+    if path == "/fault":
+        send(type="fault", reason="too late", hint="")
+        os._exit(1)
+    if path == "/slow":
+        time.sleep(1)
+    if path == "/line":
+        written = 0
+        while written < amount:
+            written += os.write(1, b"\xff\x00" * 30_000)
+    if path == "/flood":
+        line = b"flood " * 20 + b"\n"
+        for _ in range(amount // (len(line) * 500) + 1):
+            os.write(1, line * 500)
+
+
+def on_channel(selector: selectors.BaseSelector, received: bytearray) -> None:
+    global draining
+    data = channel.recv(65536)
+    if not data:
+        os._exit(0)
+    received += data
+    while b"\n" in received:
+        line, _, rest = bytes(received).partition(b"\n")
+        received[:] = rest
+        kind = json.loads(line)["type"]
+        print("received", kind, flush=True)
+        if kind == "stop" and not options.ignore_sigterm:
+            os._exit(0)
+        if kind == "drain":
+            draining = True
+            for listener in listeners:
+                selector.unregister(listener)
+                listener.close()
+            if not in_flight:
+                os._exit(0)
+
+
+def serve() -> None:
+    selector = selectors.DefaultSelector()
+    for listener in listeners:
+        selector.register(listener, selectors.EVENT_READ)
+    if not options.ignore_channel:
+        selector.register(channel, selectors.EVENT_READ)
+    received = bytearray()
+    while True:
+        for key, _ in selector.select(0.5):
+            if key.fileobj is channel:
+                on_channel(selector, received)
+                continue
+            try:
+                client, _ = key.fileobj.accept()  # type: ignore[union-attr]
+            except (BlockingIOError, OSError):
+                continue
+            threading.Thread(target=answer, args=(client,), daemon=True).start()
+        if options.ignore_channel:
+            continue
+        beat()
+
+
+start_up()
+serve()

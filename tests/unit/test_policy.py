@@ -1,0 +1,297 @@
+"""The rules about restarts and stopping, by example and by invariant."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from mlx_launcher.supervisor.policy import (
+    FAULT_EXIT_S,
+    JITTER,
+    KILL_WAIT_S,
+    LEFTOVER_S,
+    Decision,
+    Policy,
+    Rules,
+)
+
+RULES = Rules(max_restarts=3, window_s=300.0, backoff_s=0.5, backoff_max_s=30.0, stop_timeout_s=30.0)
+
+
+def dos(decisions: list[Decision]) -> list[str]:
+    return [d.do for d in decisions]
+
+
+def spawned(policy: Policy, now: float = 0.0) -> None:
+    assert dos(policy.begin(now) + policy.tick(now)) == ["spawn"]
+    policy.spawned()
+
+
+def until_due(policy: Policy) -> float:
+    assert policy.deadline is not None
+    return policy.deadline
+
+
+def crash(policy: Policy, now: float) -> float:
+    """One crash, and the next start when it is due; the delay."""
+    decisions = policy.exited(now, "died", left=False)
+    if policy.finished:
+        assert dos(decisions) == ["finish"]
+        return -1.0
+    due = until_due(policy)
+    assert dos(policy.tick(due)) == ["spawn"]
+    policy.spawned()
+    return due - now
+
+
+def policy_at_work(rules: Rules = RULES, jitter: float = 0.0) -> Policy:
+    policy = Policy(rules, lambda: jitter)
+    spawned(policy)
+    return policy
+
+
+def test_is_ready_only_after_ready() -> None:
+    policy = policy_at_work()
+    seen = []
+    for phase in ("importing", "loading", "proving"):
+        policy.progressed(phase)
+        seen.append((policy.state, policy.phase))
+    policy.ready(1.0)
+    seen.append((policy.state, policy.phase))
+    assert seen == [("starting", "importing"), ("starting", "loading"), ("starting", "proving"), ("ready", None)]
+
+
+def test_the_first_crash_is_answered_at_once_and_the_next_ones_slower() -> None:
+    policy = policy_at_work(RULES._replace(max_restarts=9))
+    assert [crash(policy, 0.0) for _ in range(9)] == [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+
+
+def test_jitter_lengthens_by_at_most_a_tenth() -> None:
+    policy = policy_at_work(jitter=1.0)
+    assert [crash(policy, 0.0) for _ in range(3)] == pytest.approx([0.0, 0.55, 1.1])
+
+
+def test_one_crash_more_than_the_budget_is_a_crash_loop() -> None:
+    policy = policy_at_work()
+    for _ in range(3):
+        crash(policy, 1.0)
+    assert crash(policy, 1.0) == -1.0
+    assert (policy.state, policy.finished) == ("failed", True)
+    assert policy.last_error == "4 crashes within 300 s of service, the last one: died"
+
+
+def test_a_stable_window_of_service_is_forgiven() -> None:
+    policy = policy_at_work()
+    now = 0.0
+    for _ in range(20):
+        policy.ready(now)
+        now += RULES.window_s
+        assert crash(policy, now) == 0.0
+
+
+def test_slow_starts_that_never_serve_are_not_forgiven() -> None:
+    policy = policy_at_work()
+    delays = [crash(policy, 1000.0 * n) for n in range(4)]
+    assert delays == [0.0, 0.5, 1.0, -1.0]
+
+
+def test_restarting_is_shown_until_ready_again() -> None:
+    policy = policy_at_work()
+    policy.ready(1.0)
+    crash(policy, 2.0)
+    assert (policy.state, policy.phase, policy.last_error, policy.restarts) == ("restarting", "importing", "died", 1)
+    policy.ready(3.0)
+    assert (policy.state, policy.last_error) == ("ready", None)
+
+
+def test_a_fault_before_ready_is_final() -> None:
+    policy = policy_at_work()
+    policy.fault(1.0, "torn weights")
+    assert dos(policy.exited(1.1, "exit 1", left=False)) == ["finish"]
+    assert (policy.state, policy.last_error) == ("failed", "torn weights")
+
+
+def test_a_fault_after_ready_is_a_crash() -> None:
+    policy = policy_at_work()
+    policy.ready(1.0)
+    policy.fault(2.0, "out of memory")
+    assert crash(policy, 2.0) == 0.0
+
+
+def test_a_host_that_stays_after_its_fault_is_ended() -> None:
+    policy = policy_at_work()
+    policy.fault(1.0, "torn weights")
+    assert dos(policy.tick(1.0 + FAULT_EXIT_S)) == ["term"]
+    assert dos(policy.tick(until_due(policy))) == ["kill"]
+    assert dos(policy.exited(until_due(policy) - 1, "SIGKILL", left=False)) == ["finish"]
+    assert policy.last_error == "torn weights"
+
+
+def test_the_stop_ladder() -> None:
+    policy = policy_at_work()
+    policy.ready(0.0)
+    steps = [(dos(policy.stop(1.0, 10.0)), 1.0)]
+    while not policy.finished:
+        now = until_due(policy)
+        assert not policy.tick(now - 0.001)
+        steps.append((dos(policy.tick(now)), now))
+    assert steps == [(["drain"], 1.0), (["term"], 11.0), (["kill"], 41.0), (["finish"], 41.0 + KILL_WAIT_S)]
+    assert policy.state == "failed"  # not even SIGKILL helped: that is not an orderly end
+
+
+def test_an_exit_while_stopping_is_expected() -> None:
+    policy = policy_at_work()
+    policy.ready(0.0)
+    policy.stop(1.0, 10.0)
+    assert dos(policy.exited(2.0, "SIGTERM", left=False)) == ["finish"]
+    assert (policy.state, policy.last_error) == ("stopped", None)
+
+
+def test_a_second_stop_only_shortens_the_drain() -> None:
+    policy = policy_at_work()
+    policy.ready(0.0)
+    policy.stop(1.0, 10.0)
+    assert policy.stop(2.0, 100.0) == []
+    assert until_due(policy) == 11.0
+    assert dos(policy.stop(3.0, 0.0)) == ["term"]
+    assert policy.stop(4.0, 0.0) == []
+
+
+@pytest.mark.parametrize("when", ["before the first server", "waiting for the next"])
+def test_stop_without_a_server_ends_at_once(when: str) -> None:
+    policy = Policy(RULES, lambda: 0.0)
+    if when == "before the first server":
+        policy.begin(0.0)
+    else:
+        spawned(policy)
+        policy.exited(0.0, "died", left=False)
+    assert dos(policy.stop(1.0, 10.0)) == ["finish"]
+    assert policy.state == "stopped"
+
+
+def test_nothing_is_started_while_something_of_the_group_is_left() -> None:
+    policy = policy_at_work()
+    assert dos(policy.exited(1.0, "died", left=True)) == ["term"]
+    assert dos(policy.tick(1.0 + LEFTOVER_S)) == ["kill"]
+    assert dos(policy.emptied(4.0, "died")) == ["wait"]
+    assert dos(policy.tick(4.0)) == ["spawn"]
+
+
+def test_what_cannot_be_started_at_all_is_not_tried_again() -> None:
+    policy = Policy(RULES, lambda: 0.0)
+    policy.begin(0.0)
+    policy.tick(0.0)
+    assert dos(policy.spawn_failed(0.0, "no such file", permanent=True)) == ["finish"]
+    assert (policy.state, policy.last_error) == ("failed", "no such file")
+
+
+def test_a_fork_that_fails_is_tried_again() -> None:
+    policy = Policy(RULES, lambda: 0.0)
+    policy.begin(0.0)
+    policy.tick(0.0)
+    assert dos(policy.spawn_failed(0.0, "no memory", permanent=False)) == ["wait"]
+    assert dos(policy.tick(0.0)) == ["spawn"]
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Events in every order that a real server can produce, at any times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rules_ = Rules(3, 20.0, 0.5, 4.0, 3.0)
+        self.policy = Policy(self.rules_, lambda: self.jitter)
+        self.jitter = 0.0
+        self.now = 0.0
+        self.alive = False
+        self.left = False  # others of the group
+        self.killed = False
+        self.spawns: list[float] = []
+        self.stop_asked: float | None = None
+        self.take(self.policy.begin(self.now))
+
+    def take(self, decisions: list[Decision]) -> None:
+        for do, _ in decisions:
+            assert not (self.policy.finished and do != "finish")
+            if do == "spawn":
+                assert not self.alive, "two servers"
+                assert not self.left or self.killed, "a server beside the rest of the last one"
+                assert self.stop_asked is None, "a start after a stop"
+                self.alive, self.left, self.killed = True, False, False
+                self.spawns.append(self.now)
+                self.policy.spawned()
+            # What outlives a SIGKILL after its leader is at last given up: zombies that nobody reaps.
+            self.killed |= do == "kill"
+
+    @rule(seconds=st.sampled_from([0.0, 0.01, 0.5, 1.0, 5.0, 30.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.take(self.policy.tick(self.now))
+
+    @rule(jitter=st.floats(0, 1))
+    def chance(self, jitter: float) -> None:
+        self.jitter = jitter
+
+    @precondition(lambda self: self.alive)
+    @rule(kind=st.sampled_from(["loading", "ready", "fault"]))
+    def message(self, kind: str) -> None:
+        if kind == "ready":
+            self.take(self.policy.ready(self.now))
+        elif kind == "fault":
+            self.take(self.policy.fault(self.now, "fault"))
+        else:
+            self.take(self.policy.progressed(kind))
+
+    @precondition(lambda self: self.alive)
+    @rule(left=st.booleans())
+    def exits(self, left: bool) -> None:
+        self.alive, self.left = False, left
+        self.check_delay(self.policy.exited(self.now, "died", left))
+
+    @precondition(lambda self: self.left)
+    @rule()
+    def group_ends(self) -> None:
+        self.left = False
+        self.check_delay(self.policy.emptied(self.now, "died"))
+
+    def check_delay(self, decisions: list[Decision]) -> None:
+        self.take(decisions)
+        if "wait" in dos(decisions):
+            assert until_due(self.policy) - self.now <= self.rules_.backoff_max_s * (1 + JITTER)
+
+    @rule(drain_s=st.sampled_from([0.0, 1.0, 10.0]))
+    def stop(self, drain_s: float) -> None:
+        if not self.policy.finished:
+            if self.stop_asked is None:
+                self.stop_asked = self.now
+            self.take(self.policy.stop(self.now, drain_s))
+
+    @invariant()
+    def a_server_is_only_ready_while_it_lives(self) -> None:
+        if not self.policy.finished:
+            assert self.policy.state != "ready" or self.alive
+
+    @invariant()
+    def restarts_stay_within_the_budget(self) -> None:
+        window = [at for at in self.spawns if at > self.now - self.rules_.window_s]
+        assert len(window) <= self.rules_.max_restarts + 1
+
+    @invariant()
+    def something_is_always_due_or_alive(self) -> None:
+        assert self.policy.finished or self.policy.deadline is not None or self.alive
+
+    def teardown(self) -> None:
+        """Whatever happened, a stop ends, within a time that can be told beforehand, even if no process ever reacts."""
+        if not self.policy.finished:
+            began = self.now
+            self.stop(10.0)
+            for _ in range(10):
+                if self.policy.finished:
+                    break
+                self.now = max(self.now, until_due(self.policy))
+                self.take(self.policy.tick(self.now))
+            assert self.policy.finished
+            assert self.now - began <= 10.0 + self.rules_.stop_timeout_s + KILL_WAIT_S + 1e-6
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
