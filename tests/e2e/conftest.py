@@ -2,7 +2,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launched import Launcher
+from support.launched import Launcher
 
 from mlx_launcher.demo import build_random
 

@@ -7,7 +7,8 @@ import signal
 from pathlib import Path
 
 import psutil
-from launched import Crowd, Launcher, Reply, chat, http_request, until
+from support.launched import Crowd, Launcher, Reply, chat, http_request
+from support.waiting import until
 
 from mlx_launcher.demo import build_random
 

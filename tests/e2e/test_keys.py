@@ -3,7 +3,7 @@
 import json
 
 import psutil
-from launched import Launcher, http_request
+from support.launched import Launcher, http_request
 
 KEY = "sk-planted-in-a-test"
 HELLO = {"messages": [{"role": "user", "content": "Hi"}]}

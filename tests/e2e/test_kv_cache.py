@@ -4,8 +4,9 @@ import random
 from pathlib import Path
 
 import pytest
-from hosts import Host, free_port
-from launched import Reply, chat, until
+from support.hosts import Host
+from support.launched import Reply, chat
+from support.waiting import free_port, until
 
 from mlx_launcher.models.safetensors import read_header
 

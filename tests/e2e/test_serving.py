@@ -9,7 +9,8 @@ from typing import Any
 
 import openai
 import pytest
-from launched import Crowd, Launcher, chat, http_request, stream_events, until
+from support.launched import Crowd, Launcher, chat, http_request, stream_events
+from support.waiting import until
 
 from mlx_launcher.demo import AFTER_RESULT, GREETING
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from supervised import Launched, free_port, make_plan
+from support.supervised import Launched, make_plan
+from support.waiting import free_port
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from supervised import Launched, until
+from support.supervised import Launched
+from support.waiting import until
 
 from mlx_launcher.errors import LaunchError
 from mlx_launcher.supervisor import control

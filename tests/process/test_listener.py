@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from supervised import Launched, free_port
+from support.supervised import Launched
+from support.waiting import free_port
 
 from mlx_launcher.errors import LaunchError
 from mlx_launcher.supervisor import listener

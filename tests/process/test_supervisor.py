@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from supervised import Launched, make_plan, running, until
+from support.supervised import Launched, make_plan, running
+from support.waiting import until
 
 from mlx_launcher.supervisor import control
 

@@ -14,9 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launched import Reply, chat, free_port, until
-
-__all__ = ["Host", "free_port"]
+from support.launched import Reply, chat
+from support.waiting import until
 
 
 class Host:

@@ -4,33 +4,18 @@ import contextlib
 import http.client
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from support.waiting import free_port
+
 ROOT = Path(__file__).parents[2]
-
-
-def until(condition: Callable[[], Any], timeout_s: float = 30.0, what: str = "the condition") -> Any:
-    """Polls until the condition gives something true, and returns that."""
-    deadline = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"{what} did not come true in {timeout_s} s"
-        time.sleep(0.01)
-    return found
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def processes_naming(text: str) -> list[psutil.Process]:

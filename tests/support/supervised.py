@@ -9,32 +9,16 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from mlx_launcher.supervisor import control
+from support.waiting import until
 
 ROOT = Path(__file__).parents[2]
 FAKE_HOST = ROOT / "tests" / "fakes" / "host.py"
-
-
-def until(condition: Callable[[], Any], timeout_s: float = 10.0, what: str = "the condition") -> Any:
-    """Polls until the condition gives something true, and returns that."""
-    deadline = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"{what} did not come true in {timeout_s} s"
-        time.sleep(0.01)
-    return found
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def make_plan(instance: Path, port: int, *host_arguments: str, **changes: Any) -> dict[str, Any]:
