@@ -18,21 +18,31 @@ from mlx_launcher.host.stops import StopScanner
 class Sequence:
     """One answer while it is decoded."""
 
-    def __init__(self, model: Any, guides: Guides, plan: Any, sampler: Any, request: Generation, eos: set[int]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        guides: Guides,
+        state: list[Any],
+        token_ids: mx.array,
+        sampler: Any,
+        request: Generation,
+        eos: set[int],
+    ) -> None:
         self._model = model
         self._guides = guides
-        self._cache = plan.cache
+        self._state = state
         self._sampler = sampler
         self._request = request
         self._eos = eos
-        self._start = plan.token_ids.shape[1]
+        self._start = token_ids.shape[1]
         self._detokenizer = model.detokenizer_class(tokenizer=model.tokenizer)
         self._may_call = bool(request.callable_tools) and not request.must_call
         stops = [*request.stop, *([model.chat_template.tool_start] if self._may_call else [])]
         self._scanner = StopScanner(stops)
         self._call: str | None = "" if request.must_call else None
         self._taken = False
-        self.token_ids = plan.token_ids
+        self._token_ids = token_ids
+        self._run = token_ids.shape[1]
 
     def run(
         self, index: int, logits: mx.array, max_tokens: int, cancelled: threading.Event, counters: Counters
@@ -42,9 +52,9 @@ class Sequence:
         while produced < max_tokens:
             if cancelled.is_set():
                 return
-            sampled, logprobs = self._sampler.sample(logits, self.token_ids, self._start)
+            sampled, logprobs = self._sampler.sample(logits, self._token_ids, self._start)
             token = int(sampled.item())
-            self.token_ids = mx.concatenate([self.token_ids, sampled.astype(self.token_ids.dtype)], axis=1)
+            self._token_ids = mx.concatenate([self._token_ids, sampled.astype(self._token_ids.dtype)], axis=1)
             produced += 1
             counters.completion_tokens += 1
             if token in self._eos:
@@ -58,8 +68,13 @@ class Sequence:
             if stop is not None or (self._matcher is not None and self._matcher.finished):
                 reason = "stop"
                 break
-            logits = self._model._inference(sampled, cache=self._cache, mask=None)
+            logits = self._model._inference(sampled, cache=self._state, mask=None)
+            self._run += 1
         yield from self._end(index, reason, produced)
+
+    def held_tokens(self) -> list[int]:
+        """The tokens that the state holds: all but those that were sampled and not run."""
+        return list(self._token_ids[0, : self._run].tolist())  # type: ignore[arg-type]
 
     def _take(self, token: int) -> tuple[str, str | None]:
         """Adds a token; returns the text to show and the stop string that ended the answer, if one did."""

@@ -8,23 +8,23 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.generate import wired_limit
-from mlx_lm.models.cache import KVCache
-from mlx_textgen import model_utils
-from mlx_textgen.sampling_utils import Sampler, SamplingParams
 from pydantic import ValidationError
 
 from mlx_launcher.host import chat, corrections, events
+from mlx_launcher.host.corrections import GENERATION_STREAM, Sampler, SamplingParams
 from mlx_launcher.host.decoding import Sequence
 from mlx_launcher.host.engine import Counters
 from mlx_launcher.host.errors import ModelFault, RequestError
 from mlx_launcher.host.guided import Guides, guide_grammar, tool_call_grammar
+from mlx_launcher.host.kvstate import KVStates, State, is_plain, snapshot
 from mlx_launcher.host.requests import Generation
 from mlx_launcher.host.settings import Settings
+from mlx_launcher.kvcache.store import Store
 from mlx_launcher.models.directory import BrokenModelError, check
 from mlx_launcher.models.fingerprint import fingerprint
 
@@ -40,6 +40,8 @@ class Textgen:
     def __init__(self) -> None:
         self._model: Any = None
         self._guides: Guides
+        self._states: KVStates
+        self._batch = 0
         self._context: int | None = None
         self._eos: set[int] = set()
 
@@ -50,25 +52,18 @@ class Textgen:
         except BrokenModelError as error:
             raise ModelFault(error.reason, error.hint) from None
         progress(0, total)
-        cache = settings["cache"]
-        corrections.keep_prompt_cache_in(Path(cache["dir"]) / fingerprint(path))
+        corrections.restore_rotating_cache()
+        corrections.without_cache_manager()
         try:
-            self._model = corrections.LazyTextModel(
-                model_id_or_path=str(path),
-                model_name=settings["model_id"],
-                verbose=False,
-                enable_cache=cache["enabled"],
-                preprocess_batch_size=settings["prefill_batch"],
-                cache_manage_config={
-                    "min_tokens": cache["min_tokens"],
-                    "max_reprocess_tokens": max(250, cache["min_tokens"]),
-                    "max_capacity": cache["slots"],
-                },
-            )
+            self._model = corrections.TextModel(str(path), model_name=settings["model_id"], verbose=False)
         except ValueError as error:
             raise ModelFault(f"{path} cannot be loaded: {error}") from error
-        self._refuse_what_cannot_be_served(str(self._model.config.get("model_type")))
         _read_weights(self._model.model, total, progress)
+        cache = settings["cache"]
+        place = Path(cache["dir"]) / fingerprint(path)
+        store = Store(place, cache["slots"], cache["min_tokens"]) if cache["enabled"] else None
+        self._states = KVStates(self._model.get_empty_cache, store)
+        self._batch = settings["prefill_batch"]
         self._guides = Guides(self._model.tokenizer)
         self._context = self._model.config.get("max_position_embeddings")
         eos = self._model.config.get("eos_token_id")
@@ -76,8 +71,8 @@ class Textgen:
         if self._model.tokenizer.eos_token_id is not None:
             self._eos.add(self._model.tokenizer.eos_token_id)
 
-    def kv_cache(self) -> dict[str, Any]:
-        return dict(self._model.cache_manager.summary()) if self._model is not None else {}
+    def kv_cache(self) -> dict[str, Any] | None:
+        return self._states.summary()
 
     def generate(self, request: Generation, cancelled: threading.Event, counters: Counters) -> Iterator[events.Event]:
         prompts = self._prompts(request)
@@ -85,14 +80,6 @@ class Textgen:
             if cancelled.is_set():
                 return
             yield from self._answer(index, prompt, request, cancelled, counters)
-
-    def _refuse_what_cannot_be_served(self, architecture: str) -> None:
-        kinds = {type(layer).__name__ for layer in self._model.get_empty_cache() if type(layer) is not KVCache}
-        if kinds:
-            raise ModelFault(
-                f"the architecture {architecture} keeps its state in {', '.join(sorted(kinds))}, which mlx-textgen cannot serve",
-                "Serve this model with mlx_lm.server, or choose one with plain attention (llama, qwen2, qwen3, qwen3_moe).",
-            )
 
     def _prompts(self, request: Generation) -> list[str]:
         if request.messages is None:
@@ -115,18 +102,24 @@ class Textgen:
         elif request.guide:
             sampler.structured_processor = self._guides.matcher(guide_grammar(request.guide))
 
-        plan = self._model.create_inference_plan(prompt)
-        prompt_tokens, cached = int(plan.token_ids.shape[1]), int(plan.token_offset)
-        max_tokens = self._fit(prompt_tokens, request.max_tokens)
-        counters.prompt_tokens += prompt_tokens
+        token_ids = self._model.prepare_inputs(prompt)["input_ids"]
+        tokens: list[int] = token_ids[0].tolist()
+        max_tokens = self._fit(len(tokens), request.max_tokens)
+        state, cached = self._states.restore(tokens)
+        counters.prompt_tokens += len(tokens)
         counters.cached_tokens += cached
-        yield events.Started(index, prompt_tokens, cached)
-        with wired_limit(self._model.model, [model_utils.GENERATION_STREAM]):
-            logits = self._prefill(plan, cancelled, counters)
-            sequence = Sequence(self._model, self._guides, plan, sampler, request, self._eos)
-            if logits is not None:
-                yield from sequence.run(index, logits, max_tokens, cancelled, counters)
-        self._keep(plan, sequence.token_ids)
+        yield events.Started(index, len(tokens), cached)
+        with wired_limit(self._model.model, [GENERATION_STREAM]):
+            run = self._prefill(token_ids, state, cached, cancelled, counters)
+            if run.logits is None:
+                self._states.keep(state, tokens[: run.held])
+                return
+            sequence = Sequence(self._model, self._guides, state, token_ids, sampler, request, self._eos)
+            yield from sequence.run(index, run.logits, max_tokens, cancelled, counters)
+        if run.copy is not None:
+            self._states.keep(run.copy, tokens[:-1])
+        else:
+            self._states.keep(state, sequence.held_tokens())
 
     def _fit(self, prompt_tokens: int, wanted: int | None) -> int:
         if self._context is None:
@@ -140,28 +133,35 @@ class Textgen:
             )
         return min(wanted or DEFAULT_MAX_TOKENS, self._context - prompt_tokens)
 
-    def _prefill(self, plan: Any, cancelled: threading.Event, counters: Counters) -> mx.array | None:
-        """Runs the prompt in the plan's batches; None if the client left, and then the plan's cache holds what was run."""
+    def _prefill(
+        self, token_ids: mx.array, state: State, held: int, cancelled: threading.Event, counters: Counters
+    ) -> "_Prefilled":
+        """Runs what the state does not hold yet, in batches; stops between two if the client left."""
+        copy: State | None = None
+        last = token_ids.shape[1] - 1
         logits = None
-        for (start, end), _ in plan.prompt_batches:
+        while held <= last:
             if cancelled.is_set():
-                return None
-            logits = self._model._inference(plan.token_ids[:, start:end], cache=plan.cache, mask=None)
-            mx.eval([layer.state for layer in plan.cache])
+                return _Prefilled(None, held, None)
+            if held == last and not is_plain(state):
+                # The next turn begins with this prompt, and its last token has to be left to run.
+                copy = snapshot(state)
+            # The last token is run by itself, so that a prompt from the cache and one from nothing take the same path.
+            end = min(held + self._batch, last) if held < last else last + 1
+            logits = self._model._inference(token_ids[:, held:end], cache=state, mask=None)
+            mx.eval([layer.state for layer in state])
             mx.clear_cache()
-            counters.processed_tokens += end - start
-        return logits
+            counters.processed_tokens += end - held
+            held = end
+        return _Prefilled(logits, held, copy)
 
-    def _keep(self, plan: Any, token_ids: mx.array) -> None:
-        """Saves the KV cache of what was run; a disk that does not take it costs the next request its speed, nothing else."""
-        model = self._model
-        kept = plan.cache[0].offset
-        if not model.enable_cache or kept < model.cache_manager.min_tokens:
-            return
-        try:
-            model.cache_manager.save_cache(plan.cache, token_ids[:, :kept], plan.offsets, model.get_empty_cache)
-        except OSError as error:
-            log.warning("the KV cache was not saved: %s", error)
+
+class _Prefilled(NamedTuple):
+    """`logits` None: the client left, and the state holds the first `held` tokens."""
+
+    logits: mx.array | None
+    held: int
+    copy: State | None
 
 
 def _read_weights(model: Any, total: int, progress: Callable[[int, int], object]) -> None:

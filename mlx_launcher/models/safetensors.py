@@ -19,6 +19,17 @@ class TornFileError(ValueError):
 
 def read_header(path: Path) -> dict[str, Any]:
     """The tensors of a whole file by name, without `__metadata__`; raises TornFileError, or OSError where it cannot be read."""
+    header = _read(path)
+    header.pop("__metadata__", None)
+    return header
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The free-form metadata of a whole file; raises as `read_header` does."""
+    return dict(_read(path).get("__metadata__", {}))
+
+
+def _read(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(_LENGTH.size)
@@ -30,9 +41,8 @@ def read_header(path: Path) -> dict[str, Any]:
         raw = file.read(length)
     try:
         header = json.loads(raw)
-        header.pop("__metadata__", None)
-        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        expected = _LENGTH.size + length + end
+        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        expected = _LENGTH.size + length + max(ends, default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise TornFileError(f"{path} is torn: its header is not a safetensors header") from error
     if size != expected:
