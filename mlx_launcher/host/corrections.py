@@ -15,10 +15,12 @@ from mlx_lm.utils import load_model
 _PRISTINE = {name: vars(RotatingKVCache)[name] for name in ("update_and_fetch", "state", "trim", "is_trimmable")}
 
 from mlx_textgen import cache_utils  # noqa: E402
+from mlx_textgen.chat_presets import DEFAULT_TOOL_SYSTEM  # noqa: E402
 from mlx_textgen.model_utils import GENERATION_STREAM, LLMModel  # noqa: E402
 from mlx_textgen.sampling_utils import Sampler, SamplingParams  # noqa: E402
 
 __all__ = [
+    "DEFAULT_TOOL_SYSTEM",
     "GENERATION_STREAM",
     "Sampler",
     "SamplingParams",

@@ -20,6 +20,7 @@ class Text:
     index: int
     text: str
     logprobs: dict[str, Any] | None
+    reasoning: bool = False  # what the model thought before it answered, where its format tells
 
 
 @dataclass(frozen=True)

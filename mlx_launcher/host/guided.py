@@ -18,16 +18,16 @@ from mlx_launcher.host.requests import Guide, Tool
 Grammar = Any  # llguidance's own serialized form
 
 
-def tool_call_grammar(tools: list[Tool]) -> Grammar:
-    """A grammar for one JSON call, `{"name": …, "arguments": …}`, of one of `tools`.
+def tool_call_grammar(tools: list[Tool], arguments_key: str = "arguments") -> Grammar:
+    """A grammar for one JSON call, `{"name": …, "arguments": …}`, of one of `tools`. Some models write "parameters" there.
 
     Each tool's schema stays a document of its own, so that its `$ref`s resolve inside it.
     """
     lines = [f"start: {' | '.join(f'call{i}' for i in range(len(tools)))}", r"WS: /[ \n\t]{0,4}/"]
     for i, tool in enumerate(tools):
         name = json.dumps(json.dumps(tool.name))
-        head = f'"{{" WS {json.dumps(chr(34) + "name" + chr(34))} WS ":" WS {name} WS "," WS'
-        lines.append(f'call{i}: {head} {json.dumps(chr(34) + "arguments" + chr(34))} WS ":" WS args{i} WS "}}"')
+        head = f'"{{" WS {json.dumps(json.dumps("name"))} WS ":" WS {name} WS "," WS'
+        lines.append(f'call{i}: {head} {json.dumps(json.dumps(arguments_key))} WS ":" WS args{i} WS "}}"')
         lines.append(f"args{i}: %json {json.dumps(tool.parameters)}")
     return LLMatcher.grammar_from_lark("\n".join(lines))
 

@@ -27,8 +27,8 @@ class Guide:
 class Generation:
     """One request for the engine: text `prompts`, or `messages` for the chat template, each answered `n` times.
 
-    `callable_tools` are those that the answer may call; `must_call` leaves it no other way. `max_tokens` None: as long as the
-    default and the model's context allow.
+    `callable_tools` are those that the answer may call; `must_call` leaves it no other way, `single_call` allows one call only.
+    `max_tokens` None: as long as the default and the model's context allow.
     """
 
     prompts: list[str] = field(default_factory=list)
@@ -36,6 +36,7 @@ class Generation:
     tools: list[dict[str, Any]] | None = None
     callable_tools: list[Tool] = field(default_factory=list)
     must_call: bool = False
+    single_call: bool = False
     n: int = 1
     max_tokens: int | None = None
     stop: list[str] = field(default_factory=list)
@@ -120,6 +121,7 @@ class ChatBody(_Common):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: list[_Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | _Choice | None = None
+    parallel_tool_calls: bool | None = None
     response_format: _ResponseFormat | None = None
 
 
@@ -180,6 +182,7 @@ def parse_chat(raw: bytes) -> tuple[ChatBody, Generation]:
         tools=document["tools"] if offered and choice != "none" else None,
         callable_tools=offered_calls,
         must_call=must_call,
+        single_call=body.parallel_tool_calls is False,
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         max_tokens=body.max_completion_tokens or body.max_tokens,
         guide=guide,

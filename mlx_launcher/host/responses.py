@@ -67,9 +67,11 @@ class Answer:
     def add(self, event: Event) -> None:
         """Takes the next event into the whole answer."""
         self.usage.add(event)
-        choice = self._choices.setdefault(event.index, {"text": "", "calls": [], "logprobs": [], "reason": None})
+        choice = self._choices.setdefault(
+            event.index, {"text": "", "thought": "", "calls": [], "logprobs": [], "reason": None}
+        )
         if isinstance(event, Text):
-            choice["text"] += event.text
+            choice["thought" if event.reasoning else "text"] += event.text
             if event.logprobs is not None:
                 choice["logprobs"].append(event.logprobs)
         elif isinstance(event, Call):
@@ -89,6 +91,8 @@ class Answer:
         if isinstance(event, Started):
             return [self._chunk(event.index, {"role": "assistant", "content": ""})] if self._chat else []
         if isinstance(event, Text):
+            if event.reasoning:
+                return [self._chunk(event.index, {"reasoning_content": event.text})] if self._chat else []
             delta = {"content": event.text} if self._chat else {"text": event.text}
             return [self._chunk(event.index, delta, [event.logprobs] if event.logprobs is not None else [])]
         if isinstance(event, Call):
@@ -114,6 +118,8 @@ class Answer:
         if not self._chat:
             return {"index": index, "text": choice["text"], **rest}
         message: Body = {"role": "assistant", "content": choice["text"] or None}
+        if choice["thought"]:
+            message["reasoning_content"] = choice["thought"]
         if choice["calls"]:
             message["tool_calls"] = choice["calls"]
         elif message["content"] is None:

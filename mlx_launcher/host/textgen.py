@@ -4,6 +4,7 @@ Its server and its tool-call state machine are not used: they run MLX on several
 never fire streamed tool calls. What stands in this package instead is the layer above `LLMModel`.
 """
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -16,14 +17,17 @@ from mlx_lm.generate import wired_limit
 from pydantic import ValidationError
 
 from mlx_launcher.host import chat, corrections, events
-from mlx_launcher.host.corrections import GENERATION_STREAM, Sampler, SamplingParams
+from mlx_launcher.host.channels import CALL_START
+from mlx_launcher.host.corrections import DEFAULT_TOOL_SYSTEM, GENERATION_STREAM, Sampler, SamplingParams
 from mlx_launcher.host.decoding import Sequence
 from mlx_launcher.host.engine import Counters
 from mlx_launcher.host.errors import ModelFault, RequestError
 from mlx_launcher.host.guided import Guides, guide_grammar, tool_call_grammar
 from mlx_launcher.host.kvstate import KVStates, State, is_plain, snapshot
+from mlx_launcher.host.reading import reader_for
 from mlx_launcher.host.requests import Generation
 from mlx_launcher.host.settings import Settings
+from mlx_launcher.host.styles import Style, detect
 from mlx_launcher.kvcache.store import Store
 from mlx_launcher.models.directory import BrokenModelError, check
 from mlx_launcher.models.fingerprint import fingerprint
@@ -40,6 +44,7 @@ class Textgen:
     def __init__(self) -> None:
         self._model: Any = None
         self._guides: Guides
+        self._style: Style | None
         self._states: KVStates
         self._batch = 0
         self._context: int | None = None
@@ -65,6 +70,7 @@ class Textgen:
         self._states = KVStates(self._model.get_empty_cache, store)
         self._batch = settings["prefill_batch"]
         self._guides = Guides(self._model.tokenizer)
+        self._style = detect(self._model.tokenizer)
         self._context = self._model.config.get("max_position_embeddings")
         eos = self._model.config.get("eos_token_id")
         self._eos = {token for token in ([*eos] if isinstance(eos, list) else [eos]) if token is not None}
@@ -84,8 +90,42 @@ class Textgen:
     def _prompts(self, request: Generation) -> list[str]:
         if request.messages is None:
             return request.prompts
-        prompt = chat.render(self._model.tokenizer, request.messages, request.tools)
-        return [prompt + self._model.chat_template.tool_start if request.must_call else prompt]
+        description = None if self._style is None or self._style.in_template else DEFAULT_TOOL_SYSTEM
+        prompt = chat.render(self._model.tokenizer, request.messages, request.tools, description=description)
+        return [prompt + self._opening(request)]
+
+    def _opening(self, request: Generation) -> str:
+        """What the prompt begins of a call that has to be made."""
+        if not request.must_call:
+            return ""
+        if self._style is None:
+            return CALL_START
+        return "" if self._style.bare else self._style.start
+
+    def _sequence(self, request: Generation, state: State, token_ids: mx.array, sampler: Sampler) -> Sequence:
+        style = self._style
+        reader = reader_for(
+            style,
+            request.tools or [],
+            may_call=bool(request.callable_tools),
+            must_call=request.must_call,
+            single=request.single_call,
+            opened=self._opening(request),
+        )
+        grammar = functools.partial(
+            tool_call_grammar, request.callable_tools, (style and style.arguments_key) or "arguments"
+        )
+        return Sequence(
+            self._model,
+            state,
+            token_ids,
+            sampler,
+            reader,
+            lambda: self._guides.matcher(grammar()),
+            request.stop,
+            self._eos,
+            request.top_logprobs,
+        )
 
     def _answer(
         self, index: int, prompt: str, request: Generation, cancelled: threading.Event, counters: Counters
@@ -97,9 +137,7 @@ class Textgen:
         except ValidationError as error:
             raise RequestError(400, str(error.errors(include_url=False)[0]["msg"])) from None
         sampler = Sampler(params)
-        if request.must_call:
-            sampler.structured_processor = self._guides.matcher(tool_call_grammar(request.callable_tools))
-        elif request.guide:
+        if request.guide:
             sampler.structured_processor = self._guides.matcher(guide_grammar(request.guide))
 
         token_ids = self._model.prepare_inputs(prompt)["input_ids"]
@@ -114,7 +152,7 @@ class Textgen:
             if run.logits is None:
                 self._states.keep(state, tokens[: run.held])
                 return
-            sequence = Sequence(self._model, self._guides, state, token_ids, sampler, request, self._eos)
+            sequence = self._sequence(request, state, token_ids, sampler)
             yield from sequence.run(index, run.logits, max_tokens, cancelled, counters)
         if run.copy is not None:
             self._states.keep(run.copy, tokens[:-1])
