@@ -114,8 +114,9 @@ class App:
         body, generation = parse_chat(raw) if chat else parse_completion(raw)
         self._check_model(body.model)
         answer = responses.Answer(self._settings["model_id"], chat=chat, answers_per_prompt=generation.n)
-        work = _Work(self._engine, generation)
-        left = asyncio.create_task(_cancel_when_left(receive, work))
+        left = asyncio.create_task(_until_left(receive))
+        await _let_the_loop_hear(left)
+        work = _Work(self._engine, generation, left)
         try:
             if body.stream:
                 include_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -177,13 +178,19 @@ class ClientLeftError(RequestError):
 class _Work:
     """One job in the engine, as an asynchronous iterator of its events."""
 
-    def __init__(self, engine: Engine, generation: Generation) -> None:
+    def __init__(self, engine: Engine, generation: Generation, left: "asyncio.Task[None]") -> None:
         loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Any] = asyncio.Queue()
         self._began = time.monotonic()
         self.client_left = False
         self.job = Job(generation, lambda event: loop.call_soon_threadsafe(self._events.put_nowait, event))
+        left.add_done_callback(self._client_left)
         engine.submit(self.job)
+
+    def _client_left(self, left: "asyncio.Task[None]") -> None:
+        if not left.cancelled():
+            self.client_left = True
+            self.cancel()
 
     @property
     def seconds(self) -> float:
@@ -210,11 +217,20 @@ class _Work:
             yield event
 
 
-async def _cancel_when_left(receive: Receive, work: _Work) -> None:
+async def _until_left(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    work.client_left = True
-    work.cancel()
+
+
+async def _let_the_loop_hear(left: "asyncio.Task[None]") -> None:
+    """Raises ClientLeftError for a client that was gone before its request was read, as after a wait in the listen queue.
+
+    uvicorn hands such a request over all the same (5 of 5 tried): the end of the connection is read a few turns later.
+    """
+    for _ in range(5):
+        await asyncio.sleep(0)
+    if left.done():
+        raise ClientLeftError
 
 
 def _allow(method: str, *allowed: str) -> None:

@@ -8,13 +8,14 @@ It must be imported on the engine's thread: mlx_textgen makes its stream at impo
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.utils import load_model
 
 # mlx_textgen replaces methods of this class as soon as it is imported.
 _PRISTINE = {name: vars(RotatingKVCache)[name] for name in ("update_and_fetch", "state", "trim", "is_trimmable")}
 
-from mlx_textgen import cache_utils  # noqa: E402
+from mlx_textgen import cache_utils, sampling_utils  # noqa: E402
 from mlx_textgen.chat_presets import DEFAULT_TOOL_SYSTEM  # noqa: E402
 from mlx_textgen.model_utils import GENERATION_STREAM, LLMModel  # noqa: E402
 from mlx_textgen.sampling_utils import Sampler, SamplingParams  # noqa: E402
@@ -25,6 +26,7 @@ __all__ = [
     "Sampler",
     "SamplingParams",
     "TextModel",
+    "name_logit_bias_right",
     "restore_rotating_cache",
     "without_cache_manager",
 ]
@@ -47,6 +49,17 @@ def without_cache_manager() -> None:
     keyed by the model's name; a kill while its index is written makes every later prompt a 500. kvcache/ stands in its place.
     """
     cache_utils.CacheManager = lambda **_: None
+
+
+def name_logit_bias_right() -> None:
+    """Makes `logit_bias` work.
+
+    Defect: its keys are made as `logit_key` and taken as `logit_keys`, so any `logit_bias` is a TypeError.
+    """
+    sampling_utils.create_logit_bias_args = lambda bias: {
+        "logit_keys": mx.array(list(bias)),
+        "logit_bias": mx.array(list(bias.values()), dtype=mx.float32),
+    }
 
 
 class TextModel(LLMModel):  # type: ignore[misc]

@@ -42,6 +42,7 @@ class Sequence:
         self._eos = eos
         self._top_logprobs = top_logprobs
         self._detokenizer = model.detokenizer_class(tokenizer=model.tokenizer)
+        self._decoded = False  # whether the detokenizer was given anything
         self._stopped = False
         self._calls = 0
 
@@ -79,6 +80,7 @@ class Sequence:
         matcher = self._matcher
         if matcher is not None:
             matcher.consume([token])
+        self._decoded = True
         self._detokenizer.add_tokens([[token]])
         pieces: list[Piece] = self._reader.feed(self._detokenizer.last_segments[0])
         if matcher is None:
@@ -138,7 +140,7 @@ class Sequence:
     def _end(self, index: int, reason: str, produced: int) -> Iterator[events.Event]:
         pieces: list[Piece] = []
         over = self._stopped or self._reader.finished
-        if not over and self._token_ids.shape[1] > self._start:
+        if not over and self._decoded:
             self._detokenizer.finalize()
             segments = self._detokenizer.last_segments
             pieces = self._reader.feed(segments[0]) if segments else []

@@ -60,7 +60,8 @@ class Engine:
     """Runs a Runtime on its own thread, one job at a time, with at most the settings' `max_queue` jobs waiting.
 
     `make_runtime`, `on_phase(phase, done, total)` and `on_loaded(fault or None)` are called on the engine's thread; `on_change`
-    on any, whenever what is in flight or queued has changed.
+    on any, whenever what is in flight or queued has changed; `on_death(what)` when the thread ends by something that was not
+    foreseen.
     """
 
     def __init__(
@@ -69,12 +70,14 @@ class Engine:
         on_phase: Callable[[str, int | None, int | None], object],
         on_loaded: Callable[[ModelFault | None], object],
         on_change: Callable[[], object],
+        on_death: Callable[[str], object],
     ) -> None:
         self.counters = Counters()
         self._make_runtime = make_runtime
         self._on_phase = on_phase
         self._on_loaded = on_loaded
         self._on_change = on_change
+        self._on_death = on_death
         self._runtime: Runtime | None = None
         self._activated: queue.SimpleQueue[Settings] = queue.SimpleQueue()
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
@@ -133,8 +136,13 @@ class Engine:
             return
         self._runtime = runtime
         self._on_loaded(None)
-        while True:
-            self._run(runtime, self._jobs.get())
+        try:
+            while True:
+                self._run(runtime, self._jobs.get())
+        except BaseException as error:
+            # Nothing would ever be answered again; the supervisor has to hear of it.
+            self._on_death(_where(error))
+            raise
 
     def _run(self, runtime: Runtime, job: Job) -> None:
         with self._lock:

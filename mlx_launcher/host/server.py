@@ -89,6 +89,7 @@ class _Host:
             on_phase=self._tell_phase,
             on_loaded=lambda error: self._loop.call_soon_threadsafe(self._on_loaded, error),
             on_change=lambda: self._loop.call_soon_threadsafe(self._changed.set),
+            on_death=self._engine_died,
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop.set)
@@ -178,6 +179,12 @@ class _Host:
         for listener in self._listeners:
             listener.close()
         os._exit(1)
+
+    def _engine_died(self, what: str) -> None:
+        """Without its engine the process can only hang: it ends, and the supervisor starts another."""
+        log.error("the engine's thread ended: %s", what)
+        self._channel.send({"type": "fault", "reason": f"the engine's thread ended: {what}", "hint": ""})
+        self._orphaned()
 
     def _tell_phase(self, phase: str, done: int | None, total: int | None) -> None:
         now = time.monotonic()

@@ -59,6 +59,7 @@ class Textgen:
         progress(0, total)
         corrections.restore_rotating_cache()
         corrections.without_cache_manager()
+        corrections.name_logit_bias_right()
         try:
             self._model = corrections.TextModel(str(path), model_name=settings["model_id"], verbose=False)
         except ValueError as error:
@@ -130,6 +131,9 @@ class Textgen:
     def _answer(
         self, index: int, prompt: str, request: Generation, cancelled: threading.Event, counters: Counters
     ) -> Iterator[events.Event]:
+        vocabulary = self._model.config.get("vocab_size", len(self._model.tokenizer))
+        if any(not 0 <= token < vocabulary for token in request.sampling.get("logit_bias", ())):
+            raise RequestError(400, f"logit_bias: this model's tokens are 0 to {vocabulary - 1}", param="logit_bias")
         try:
             params = SamplingParams(
                 **request.sampling, logprobs=request.top_logprobs is not None, top_logprobs=request.top_logprobs or 1

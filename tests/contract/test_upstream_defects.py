@@ -73,3 +73,7 @@ def test_a_full_disk_leaves_a_torn_entry(facts: dict[str, Any]) -> None:
 
 def test_it_patches_the_rotating_cache(facts: dict[str, Any]) -> None:
     assert facts["patches_rotating_cache"]
+
+
+def test_a_logit_bias_breaks_it(facts: dict[str, Any]) -> None:
+    assert "logit_key" in (facts["logit_bias"] or "")

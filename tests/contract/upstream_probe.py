@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import RotatingKVCache
 from mlx_textgen import cache_utils, engine, model_utils, rotating_kv_cache_patch, utils
+from mlx_textgen.sampling_utils import Sampler, SamplingParams
 
 MODEL, SCRATCH = Path(sys.argv[1]), Path(sys.argv[2])
 facts: dict[str, Any] = {}
@@ -54,6 +55,8 @@ facts["wired_limit"] = raised(lambda: model_utils.wired_limit(model.model).__ent
 facts["streamed_auto_compares_a_list"] = "len([s for s in status if status == 'tool_call_start'])" in inspect.getsource(
     engine.InferenceEngine.chat_generate
 )
+bias = SamplingParams(logit_bias={1: 1.0})
+facts["logit_bias"] = raised(lambda: Sampler(bias).sample(mx.zeros((1, 8)), mx.array([[1]]), 0))
 facts["patches_rotating_cache"] = RotatingKVCache.update_and_fetch is rotating_kv_cache_patch.new_update_and_fetch
 
 torn = manager("torn")

@@ -28,7 +28,9 @@ class Host:
         cache_directory: Path,
         *,
         cache: dict[str, Any] | None = None,
+        settings: dict[str, Any] | None = None,
         max_file_bytes: int | None = None,
+        deaf: bool = False,
         **environment: str,
     ) -> None:
         self.port = port
@@ -38,6 +40,8 @@ class Host:
         self.ready = False
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the host
         ours, theirs = socket.socketpair()
+        if deaf:
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         listener = socket.create_server(("127.0.0.1", port))
         self.process = subprocess.Popen(
             [
@@ -54,7 +58,7 @@ class Host:
         theirs.close()
         listener.close()
         self.channel = ours
-        settings = {
+        carried = {
             "model_path": str(model),
             "model_id": "m",
             "names": ["m"],
@@ -65,9 +69,11 @@ class Host:
             "max_body_bytes": 1 << 25,
             "prefill_batch": 512,
             "cache": {"enabled": True, "dir": str(cache_directory), "slots": 10, "min_tokens": 100, **(cache or {})},
+            **(settings or {}),
         }
-        self.say({"type": "activate", "settings": settings})
-        threading.Thread(target=self._read, daemon=True).start()
+        self.say({"type": "activate", "settings": carried})
+        if not deaf:
+            threading.Thread(target=self._read, daemon=True).start()
 
     def say(self, message: dict[str, Any]) -> None:
         self.channel.sendall(json.dumps(message).encode() + b"\n")

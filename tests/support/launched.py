@@ -47,11 +47,20 @@ class Reply:
         return int(self.json["usage"]["prompt_tokens_details"]["cached_tokens"])
 
 
-def http_request(port: int, path: str, body: Any = None, host: str = "127.0.0.1", timeout_s: float = 60.0) -> Reply:
+def http_request(
+    port: int,
+    path: str,
+    body: Any = None,
+    host: str = "127.0.0.1",
+    timeout_s: float = 60.0,
+    headers: dict[str, str] | None = None,
+) -> Reply:
     connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     try:
         raw = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
-        connection.request("GET" if body is None else "POST", path, raw, {"Content-Type": "application/json"})
+        connection.request(
+            "GET" if body is None else "POST", path, raw, {"Content-Type": "application/json", **(headers or {})}
+        )
         response = connection.getresponse()
         return Reply(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
     finally:

@@ -61,9 +61,12 @@ class Scripted:
         return None
 
 
+deaths: queue.Queue[str] = queue.Queue()
+
+
 def started(runtime: Any, faults: "queue.Queue[ModelFault | None] | None" = None) -> Engine:
     loaded: queue.Queue[ModelFault | None] = faults if faults is not None else queue.Queue()
-    engine = Engine(lambda: runtime, lambda *phase: None, loaded.put, lambda: None)
+    engine = Engine(lambda: runtime, lambda *phase: None, loaded.put, lambda: None, deaths.put)
     engine.start()
     engine.activate(SETTINGS)
     if faults is None:
@@ -200,6 +203,18 @@ def test_a_failing_engine_is_a_500_before_the_stream_and_an_event_within_it(app:
     assert body.count(b'"engine_error"') == 1
     runtime.failure = None
     assert asyncio.run(ask(app, CHAT, HELLO))[0] == 200
+
+
+def test_a_stream_that_waits_is_kept_alive_by_comments(
+    app: App, runtime: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_launcher.host.app.KEEP_ALIVE_S", 0.02)
+    runtime.gate.clear()
+    threading.Timer(0.3, runtime.gate.set).start()
+    _, _, body = asyncio.run(ask(app, CHAT, {**HELLO, "stream": True}))
+    comments = [event for event in body.decode().split("\n\n") if event.startswith(": ")]
+    assert comments
+    assert body.endswith(b"data: [DONE]\n\n")
 
 
 def test_models_and_health(app: App) -> None:
