@@ -1,1 +1,1 @@
-"""The files of a model directory: whole or not, how large, and which model they are. The standard library alone."""
+"""Models: on this machine and on the hub, whole or not, what they need and who serves them. No mlx."""

@@ -41,13 +41,19 @@ def _read(path: Path) -> dict[str, Any]:
         raw = file.read(length)
     try:
         header = json.loads(raw)
-        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        ends = [_end(tensor) for name, tensor in header.items() if name != "__metadata__"]
         expected = _LENGTH.size + length + max(ends, default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise TornFileError(f"{path} is torn: its header is not a safetensors header") from error
     if size != expected:
         raise TornFileError(f"{path} is torn: its header promises {expected} bytes, the file has {size}")
     return dict(header)
+
+
+def _end(tensor: Any) -> int:
+    if not isinstance(tensor["dtype"], str) or not all(type(count) is int and count >= 0 for count in tensor["shape"]):
+        raise ValueError("a tensor has a type and a shape")
+    return int(tensor["data_offsets"][1])
 
 
 def data_bytes(path: Path) -> int:

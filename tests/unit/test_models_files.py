@@ -68,7 +68,19 @@ def test_a_broken_model_is_named(model: Path, breakage: Callable[[Path], object]
     assert str(model) in caught.value.reason
 
 
-@pytest.mark.parametrize("header", [b"[]", b'{"a": 1}', b'{"a": {}}', b'{"a": {"data_offsets": []}}', b"\xff"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]",
+        b'{"a": 1}',
+        b'{"a": {}}',
+        b'{"a": {"data_offsets": []}}',
+        b'{"a": {"data_offsets": [0, 0]}}',
+        b'{"a": {"data_offsets": [0, 0], "dtype": 1, "shape": []}}',
+        b'{"a": {"data_offsets": [0, 0], "dtype": "F16", "shape": ["x"]}}',
+        b"\xff",
+    ],
+)
 def test_a_header_of_another_shape_is_torn(tmp_path: Path, header: bytes) -> None:
     file = tmp_path / "x.safetensors"
     file.write_bytes(struct.pack("<Q", len(header)) + header)
