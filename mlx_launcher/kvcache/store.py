@@ -71,7 +71,8 @@ class Store:
             shared = min(common_prefix(entry.tokens, wanted), len(tokens) - 1)
             if not entry.trimmable and shared < entry.length:
                 continue
-            if shared > (best[1] if best else 0):
+            # Reading an entry to save a handful of tokens would cost more than they do.
+            if shared >= max(self.min_tokens, best[1] + 1 if best else 1):
                 best = entry, shared
         if best:
             best[0].touch()

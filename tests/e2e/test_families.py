@@ -5,11 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from support.hosts import Host
-from support.launched import chat
+from support.launched import Reply, chat
 from support.waiting import free_port
 
 from mlx_launcher.demo import FAMILIES, build_random
@@ -17,6 +17,9 @@ from mlx_launcher.demo import FAMILIES, build_random
 # Windows of the sliding families are 32 tokens: a short prompt stays below, a long one is far beyond.
 PROMPTS = ["Hi", "Tell me more. " * 6, "It was a dark and stormy night; the rain fell in torrents. " * 12]
 TOKENS = 12
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
+BEGIN, END = "<!-- families: written by tests/e2e/test_families.py -->", "<!-- end of families -->"
 
 # mlx-lm alone, in a process that never imports mlx-textgen, because that replaces parts of mlx-lm.
 REFERENCE = """
@@ -47,31 +50,81 @@ def reference(model: Path, conversations: list[list[dict[str, Any]]]) -> list[st
     return answers
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_answers_as_mlx_lm_does(family: str, tmp_path: Path) -> None:
-    model = build_random(tmp_path / family, family)
+class Outcome(NamedTuple):
+    """What one family answered, and what mlx-lm alone answers."""
+
+    expected: list[str]
+    expected_second: list[str]
+    cold: list[Reply]
+    warm: list[Reply]
+    second: list[Reply]
+    restarted: list[Reply]
+
+
+def serve(family: str, directory: Path) -> Outcome:
+    model = build_random(directory / family, family)
     first_turns: list[list[dict[str, Any]]] = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     expected = reference(model, first_turns)
     second_turns = [
         [*turn, {"role": "assistant", "content": answer}, {"role": "user", "content": "And then?"}]
         for turn, answer in zip(first_turns, expected, strict=True)
     ]
-    expected_second = reference(model, second_turns)
-    assert len(set(expected)) == len(PROMPTS), "the model answers everything alike: this would prove nothing"
-
-    directory = tmp_path / "kvcache"
-    cache = {"min_tokens": 20}
-    with Host(model, free_port(), directory, cache=cache) as host:
-        cold = [chat(host.port, turn, max_tokens=TOKENS) for turn in first_turns]
-        hot = [chat(host.port, turn, max_tokens=TOKENS) for turn in first_turns]
-        second = [chat(host.port, turn, max_tokens=TOKENS) for turn in second_turns]
-    assert [reply.text for reply in cold] == expected
-    assert [reply.text for reply in hot] == expected
-    assert [reply.text for reply in second] == expected_second
-    with Host(model, free_port(), directory, cache=cache) as host:
+    cache, place = {"min_tokens": 20}, directory / "kvcache"
+    with Host(model, free_port(), place, cache=cache) as host:
+        cold, warm, second = (
+            [chat(host.port, turn, max_tokens=TOKENS) for turn in turns]
+            for turns in (first_turns, first_turns, second_turns)
+        )
+    with Host(model, free_port(), place, cache=cache) as host:
         restarted = [chat(host.port, turn, max_tokens=TOKENS) for turn in second_turns]
-    assert [reply.text for reply in restarted] == expected_second
-    for reply, again, follow_up in zip(cold[1:], hot[1:], second[1:], strict=True):
-        prompt_tokens = reply.json["usage"]["prompt_tokens"]
-        assert again.cached == prompt_tokens - 1
-        assert follow_up.cached >= prompt_tokens - 1
+    return Outcome(expected, reference(model, second_turns), cold, warm, second, restarted)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    return {family: serve(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+
+
+def texts(replies: list[Reply]) -> list[str]:
+    return [reply.text for reply in replies]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_answers_as_mlx_lm_does(outcomes: dict[str, Outcome], family: str) -> None:
+    outcome = outcomes[family]
+    assert len(set(outcome.expected)) == len(PROMPTS), "the model answers everything alike: this would prove nothing"
+    assert texts(outcome.cold) == outcome.expected
+    assert texts(outcome.warm) == outcome.expected
+    assert texts(outcome.second) == outcome.expected_second
+    assert texts(outcome.restarted) == outcome.expected_second
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_goes_on_from_the_disk(outcomes: dict[str, Outcome], family: str) -> None:
+    outcome = outcomes[family]
+    for cold, warm, second, restarted in zip(
+        outcome.cold[1:], outcome.warm[1:], outcome.second[1:], outcome.restarted[1:], strict=True
+    ):
+        prompt_tokens = cold.json["usage"]["prompt_tokens"]
+        assert (cold.cached, warm.cached) == (0, prompt_tokens - 1)
+        assert second.cached >= prompt_tokens - 1
+        assert restarted.cached >= prompt_tokens - 1
+
+
+def test_the_table_in_the_documentation_is_what_was_run(outcomes: dict[str, Outcome]) -> None:
+    """With UPDATE_DOCS=1 it is written."""
+    kinds = {"gpt_oss": "sliding window", "gemma3_text": "sliding window", "qwen3_next": "hybrid"}
+    rows = ["| family | state | answers as mlx-lm's own | from the disk |", "|---|---|---|---|"]
+    for family, outcome in outcomes.items():
+        same = texts(outcome.cold) == outcome.expected and texts(outcome.restarted) == outcome.expected_second
+        warm = all(reply.cached for reply in outcome.restarted[1:])
+        rows.append(
+            f"| {family} | {kinds.get(family, 'plain')} | {'yes' if same else 'no'} | {'yes' if warm else 'no'} |"
+        )
+    page = DOCUMENT.read_text()
+    head, rest = page.split(BEGIN)
+    tail = rest.split(END)[1]
+    written = f"{head}{BEGIN}\n{chr(10).join(rows)}\n{END}{tail}"
+    if os.environ.get("UPDATE_DOCS"):
+        DOCUMENT.write_text(written)
+    assert written == page, "run this test with UPDATE_DOCS=1"

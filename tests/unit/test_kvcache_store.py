@@ -61,6 +61,13 @@ def test_what_cannot_be_trimmed_serves_only_as_a_whole(directory: Path) -> None:
     assert usable(store, numbers((0, 600))) == 500
 
 
+def test_a_match_of_a_handful_of_tokens_is_not_worth_reading(directory: Path) -> None:
+    store = Store(directory, slots=10, min_tokens=100)
+    kept(store, numbers((0, 500)))
+    assert usable(store, numbers((0, 99), (9000, 9500))) == 0
+    assert usable(store, numbers((0, 100), (9000, 9500))) == 100
+
+
 def test_a_successor_finds_everything_by_itself(directory: Path) -> None:
     kept(Store(directory, slots=10, min_tokens=1), numbers((0, 300)))
     assert usable(Store(directory, slots=10, min_tokens=1), numbers((0, 400))) == 300
