@@ -89,7 +89,8 @@ class Answer:
         """The stream's events for one of ours."""
         self.usage.add(event)
         if isinstance(event, Started):
-            return [self._chunk(event.index, {"role": "assistant", "content": ""})] if self._chat else []
+            # No empty content: clients would take it for the beginning of a text where a call follows.
+            return [self._chunk(event.index, {"role": "assistant"})] if self._chat else []
         if isinstance(event, Text):
             if event.reasoning:
                 return [self._chunk(event.index, {"reasoning_content": event.text})] if self._chat else []
