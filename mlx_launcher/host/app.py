@@ -75,7 +75,7 @@ class App:
 
     def _check_model(self, name: str | None, *, exact: bool = False) -> None:
         settings = self._settings
-        if name is None or name in settings["names"] or (settings["accept_any_model"] and not exact):
+        if name in (None, settings["model_id"], *settings["names"]) or (settings["accept_any_model"] and not exact):
             return
         served = ", ".join(dict.fromkeys(settings["names"]))
         raise RequestError(
