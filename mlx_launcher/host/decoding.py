@@ -43,7 +43,8 @@ class Sequence:
         self._top_logprobs = top_logprobs
         self._detokenizer = model.detokenizer_class(tokenizer=model.tokenizer)
         self._decoded = False  # whether the detokenizer was given anything
-        self._stopped = False
+        self._stopped = False  # a stop string was written
+        self._guided = False  # the guided answer is whole
         self._calls = 0
 
     def run(
@@ -65,7 +66,7 @@ class Sequence:
                 break
             text = self._read(token)
             yield from self._told(index, text, self._logprobs(logprobs, sampled, text))
-            if self._stopped or self._reader.finished:
+            if self._stopped or self._guided or self._reader.finished:
                 reason = "stop"
                 break
             logits = self._model._inference(sampled, cache=self._state, mask=None)
@@ -91,7 +92,7 @@ class Sequence:
             if self._reader.in_call:
                 pieces += self._reader.called()
             else:
-                self._stopped = True
+                self._guided = True
         return pieces
 
     def _constrain(self, pieces: list[Piece]) -> None:
@@ -139,7 +140,7 @@ class Sequence:
 
     def _end(self, index: int, reason: str, produced: int) -> Iterator[events.Event]:
         pieces: list[Piece] = []
-        over = self._stopped or self._reader.finished
+        over = self._stopped or self._guided or self._reader.finished
         if not over and self._decoded:
             self._detokenizer.finalize()
             segments = self._detokenizer.last_segments

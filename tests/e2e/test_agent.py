@@ -108,3 +108,8 @@ def test_what_an_agent_sends_back_is_answered(host: Host, content: Any, result: 
 def test_what_mlx_textgen_answers_with_500_is_answered(host: Host, fields: dict[str, Any]) -> None:
     body = {"messages": [{"role": "user", "content": "Hi"}], **fields}
     assert http_request(host.port, "/v1/chat/completions", body).status == 200
+
+
+def test_a_guided_answer_is_whole_to_its_last_token(host: Host) -> None:
+    assert chat(host.port, "Hi", guided_choice=["yes", "no"]).text in {"yes", "no"}
+    assert len(chat(host.port, "Hi", guided_regex="[0-9]{4}").text) == 4
