@@ -6,13 +6,15 @@ reads them and must import little.
 """
 
 from typing import Any, Literal, TypedDict
+from zlib import crc32
 
 
 class Backend(TypedDict):
     """How one server is started.
 
     A "host" is ours: it gets `--channel FD --listen FD,FD` appended to `argv`, and `settings` by its channel with `activate`.
-    A "script" or a "command" binds the port itself: the supervisor closes its listeners before the spawn.
+    A "script" or a "command" binds the port itself: the supervisor closes its listeners before the spawn. Its `argv` is
+    complete, and `settings` hold what a probe through the port needs: `model_id`, `names` and `api_key`.
     """
 
     name: str
@@ -64,3 +66,43 @@ class Plan(TypedDict):
     log_file: str  # the server's log; absolute
     log_max_bytes: int
     source: Source
+    notes: list[str]  # warnings to show once at start and in the journal
+
+
+# Of these no more than a checksum is compared: they may hold a secret.
+CHECKSUMS = ("program", "env", "apiKey", "fallback")
+
+
+def compared(plan: Plan) -> dict[str, Any]:
+    """What makes two starts on one port the same server, by name; of what may hold a secret no more than a checksum.
+
+    How the model is called is not part of it.
+    """
+    backend = plan["backend"]
+    inner = backend["settings"]
+    return {
+        "model": plan["model"]["path"],
+        "backend": backend["name"],
+        "port": plan["port"],
+        "hosts": plan["hosts"],
+        "kind": backend["kind"],
+        "program": _checksum(backend["argv"]),
+        "env": _checksum(backend["env"]),
+        "apiKey": _checksum(inner.get("api_key")),
+        **{key: value for key, value in inner.items() if key not in ("api_key", "names", "model_id", "model_path")},
+        "fallback": _checksum(plan["fallback"]),
+        **{name: plan.get(key) for name, key in _TIMEOUTS.items()},
+        "restart": dict(plan["restart"]),
+    }
+
+
+_TIMEOUTS = {
+    "stopTimeout": "stop_timeout_s",
+    "hangTimeout": "hang_timeout_s",
+    "freezeTimeout": "freeze_timeout_s",
+    "idleTimeout": "idle_timeout_s",
+}
+
+
+def _checksum(value: Any) -> str | None:
+    return f"{crc32(repr(value).encode('utf-8', 'replace')):08x}" if value else None

@@ -1,108 +1,123 @@
-"""Flags and environment into a plan: everything the supervisor needs, nothing that it has to look up."""
+"""Flags, environment and file into a plan: everything the supervisor needs, nothing that it has to look up."""
 
-import ipaddress
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from mlx_launcher.backends.models import check_model
+from mlx_launcher.backends.command import command, needs_model
+from mlx_launcher.backends.models import Found, Say, check_model, find_model, no_model, served_names
+from mlx_launcher.backends.script import script
+from mlx_launcher.backends.serving import Caller, Serving
 from mlx_launcher.backends.textgen import textgen
-from mlx_launcher.config import defaults
-from mlx_launcher.errors import EXIT_USAGE, LaunchError
-from mlx_launcher.plan import Model, Plan, Source
+from mlx_launcher.backends.which import Kind, no_legacy, which
+from mlx_launcher.config import defaults, urls
+from mlx_launcher.config.document import Document, nothing
+from mlx_launcher.config.layers import API_KEY_VARIABLE, Flags, Settings, settle, settle_fallback
+from mlx_launcher.errors import LaunchError
+from mlx_launcher.plan import Backend, Plan, Source
 
-API_KEY_VARIABLE = "MLX_API_KEY"
-
-
-class Flags(NamedTuple):
-    """What the command line says about a server. `model` is a directory as the user wrote it; None means the demo."""
-
-    model: str | None
-    port: int = defaults.PORT
-    host: str = defaults.HOST
-    log_file: str | None = None
+__all__ = ["Caller", "Flags", "assemble"]
 
 
-class Caller(NamedTuple):
-    """The command that makes the plan, recorded so that the same plan can be made again."""
+def assemble(
+    flags: Flags, state_dir: Path, caller: Caller, document: Document | None = None, say: Say = lambda *_: None
+) -> Plan:
+    """The plan for one server. The demo model must have been built; one from the hub is downloaded, and `say` told of it.
 
-    argv: Sequence[str]
-    cwd: str
-    environment: Mapping[str, str]
-
-
-def demo_directory(state_dir: Path) -> Path:
-    return state_dir / "models" / "demo"
-
-
-def assemble(flags: Flags, state_dir: Path, caller: Caller) -> Plan:
-    """The plan for one server on `flags.port`.
-
-    LaunchError: `model_not_found` and `model_incomplete` for the model, `key_required` for an address that others can
-    reach without a key to ask them for, `usage` for one that is no address. The demo model must have been built.
+    LaunchError: what `settle` raises for the configuration, `model_…` for the model, `no_model` when nothing names one,
+    `key_required` for an address that others can reach without a key to ask them for.
     """
-    model = _model(flags.model, state_dir, caller.cwd)
-    hosts, local = _hosts(flags.host)
-    api_key = caller.environment.get(API_KEY_VARIABLE) or None
-    if not local and api_key is None:
-        raise LaunchError(
-            "key_required",
-            f"{flags.host} can be reached by others, and no API key is set",
-            f"Set one in the environment variable {API_KEY_VARIABLE}, or leave --host out",
-        )
-    instance = state_dir / str(flags.port)
+    settings = settle(flags, caller.environment, document or nothing(caller.cwd))
+    kind = which(settings, caller.cwd)
+    if kind.name == "legacy":
+        raise no_legacy(settings)
+    hosts, local = urls.address(settings["host"])
+    _require_key(settings, local)
+    found = find_model(settings, state_dir, caller, kind.name != "textgen", say)
+    if found is None:
+        if kind.name != "command" or needs_model(settings):
+            raise no_model(settings)
+        found = Found({"id": settings["model"] or settings.block, "path": ""}, [settings["model"] or settings.block])
+    elif kind.name == "textgen":
+        _check(Path(found.model["path"]), flags.force)
+    instance = state_dir / str(settings["port"])
+    serving = Serving(
+        model=found.model,
+        names=served_names(found.given, found.model["path"]),
+        instance=instance,
+        host=hosts[0],
+        port=settings["port"],
+        url=urls.client_url(hosts[0], settings["port"]),
+        api_key=settings["apiKey"] or None,
+        require_key=settings["requireKey"] or not local,
+    )
     log_file = Path(caller.cwd, flags.log_file) if flags.log_file else instance / "server.log"
     source: Source = {"argv": list(caller.argv), "cwd": caller.cwd, "env": dict(caller.environment)}
+    backend = _backend(kind, serving, settings, caller)
+    fallback = _fallback(serving, settings, caller)
     return {
         "schema": 1,
         "instance": os.fspath(instance),
         "hosts": hosts,
-        "port": flags.port,
-        "url": _url(hosts[0], flags.port),
-        "model": model,
-        "backend": textgen("mlx", model, instance, api_key, require_key=not local),
-        "fallback": None,
-        "stop_timeout_s": defaults.STOP_TIMEOUT_S,
-        "hang_timeout_s": defaults.HANG_TIMEOUT_S,
-        "freeze_timeout_s": defaults.FREEZE_TIMEOUT_S,
-        "idle_timeout_s": defaults.IDLE_TIMEOUT_S,
+        "port": settings["port"],
+        "url": serving.url,
+        "model": found.model,
+        "backend": backend,
+        "fallback": fallback,
+        "stop_timeout_s": settings["stopTimeout"],
+        "hang_timeout_s": settings["hangTimeout"],
+        "freeze_timeout_s": settings["freezeTimeout"],
+        "idle_timeout_s": settings["idleTimeout"],
         "restart": {
-            "max_restarts": defaults.MAX_RESTARTS,
-            "window_s": defaults.RESTART_WINDOW_S,
-            "backoff_s": defaults.BACKOFF_S,
-            "backoff_max_s": defaults.BACKOFF_MAX_S,
+            "max_restarts": settings["restart.maxRestarts"],
+            "window_s": settings["restart.window"],
+            "backoff_s": settings["restart.backoff"],
+            "backoff_max_s": settings["restart.backoffMax"],
         },
         "log_file": os.fspath(log_file),
         "log_max_bytes": defaults.LOG_MAX_BYTES,
         "source": source,
+        "notes": settings.notes,
     }
 
 
-def _model(given: str | None, state_dir: Path, cwd: str) -> Model:
-    if given is None:
-        model: Model = {"id": "demo", "path": os.fspath(demo_directory(state_dir))}
-    else:
-        # Not Path.expanduser, which raises for a name that begins with ~ and is no user's.
-        path = os.path.normpath(Path(cwd, os.path.expanduser(given)))  # noqa: PTH111
-        model = {"id": given, "path": path}
-    check_model(Path(model["path"]))
-    return model
+def _require_key(settings: Settings, local: bool) -> None:
+    if settings["apiKey"] or (local and not settings["requireKey"]):
+        return
+    why = f"{settings['host']} can be reached by others" if not local else "requireKey is set"
+    where = f"environment variable {API_KEY_VARIABLE}" + (" or as apiKey" if settings.document.file else "")
+    otherwise = "leave --host out" if settings.origin("host") == "flag --host" else "change that"
+    raise LaunchError("key_required", f"{why}, and no API key is set", f"Set one in the {where}, or {otherwise}")
 
 
-def _hosts(given: str) -> tuple[list[str], bool]:
-    """The addresses to bind, and whether only this machine can reach them."""
-    if given in (defaults.HOST, "localhost"):
-        return list(defaults.LOOPBACK), True
+def _check(path: Path, force: bool) -> None:
+    """Whole, of a kind that mlx-textgen serves, and not larger than this machine."""
+    check_model(path)
+    from mlx_launcher.models import facts, fit
+
+    facts.refuse_unserved(facts.facts(path))
+    fit.check(path, force)
+
+
+def _backend(kind: Kind, serving: Serving, settings: Settings, caller: Caller) -> Backend:
+    if kind.name == "command":
+        return command(serving, settings, caller.cwd, caller.environment)
+    if kind.script is not None:
+        return script(serving, settings, kind.script, caller.cwd)
+    return textgen(serving, settings)
+
+
+def _fallback(serving: Serving, settings: Settings, caller: Caller) -> Backend | None:
+    """The fallback on the configured backend's port, model and names; None, and a note, where it cannot be had."""
+    if not settings["fallback"]:
+        return None
     try:
-        return [given], ipaddress.ip_address(given).is_loopback
-    except ValueError:
-        raise LaunchError(
-            "usage", f"--host takes an address, not {given!r}", "127.0.0.1 or 0.0.0.0, for example", EXIT_USAGE
-        ) from None
-
-
-def _url(host: str, port: int) -> str:
-    """What clients on this machine use: a wildcard is no address to connect to."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
-    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+        own = settle_fallback(settings, settings["fallback"])
+        kind = which(own, caller.cwd)
+        if kind.name == "legacy":
+            raise no_legacy(own)
+        return _backend(kind, serving, own, caller)
+    except LaunchError as failure:
+        if failure.code != "not_yet":
+            raise
+        settings.notes.append(f"there is no fallback: {failure.message}")
+        return None

@@ -1,40 +1,42 @@
 """mlx-textgen's engine inside our own host: borrows the socket, proves itself, keeps its KV cache on disk."""
 
+import os
 import sys
-from pathlib import Path
 
-from mlx_launcher.backends.models import served_names
+from mlx_launcher.backends.serving import Serving
 from mlx_launcher.config import defaults
-from mlx_launcher.plan import Backend, Model
+from mlx_launcher.config.layers import Settings
+from mlx_launcher.plan import Backend
 
 
-def textgen(name: str, model: Model, instance: Path, api_key: str | None = None, require_key: bool = False) -> Backend:
-    """The backend called `name`, for a model on disk; `instance` is the directory that its KV cache goes into.
-
-    `require_key` demands `api_key` of every request; without it a key is accepted and not asked for.
-    """
+def textgen(serving: Serving, settings: Settings) -> Backend:
+    """The backend for a model on disk. A key that is not required is accepted and not asked for."""
+    cache = settings["cache.dir"]
+    if cache is not None:
+        cache = os.path.normpath(settings.base("cache.dir", "/") / os.path.expanduser(cache))  # noqa: PTH111
     return {
-        "name": name,
+        "name": settings.block,
         "kind": "host",
         # -P: the directory that it runs in may hold a json.py.
         "argv": [sys.executable, "-P", "-m", "mlx_launcher.host", "textgen"],
-        "env": {"PYTHONUNBUFFERED": "1"},
+        # UTF8: mlx-lm and transformers read a model's texts in the locale's encoding, which may be less.
+        "env": {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **settings["env"]},
         "cwd": None,
         "settings": {
-            "model_path": model["path"],
-            "model_id": model["id"],
-            "names": served_names(model["id"], model["path"]),
-            "accept_any_model": True,
-            "api_key": api_key,
-            "require_key": require_key,
-            "max_queue": defaults.MAX_QUEUE,
+            "model_path": serving.model["path"],
+            "model_id": serving.model["id"],
+            "names": serving.names,
+            "accept_any_model": settings["acceptAnyModel"],
+            "api_key": serving.api_key,
+            "require_key": serving.require_key,
+            "max_queue": settings["maxQueue"],
             "max_body_bytes": defaults.MAX_BODY_BYTES,
             "prefill_batch": defaults.PREFILL_BATCH,
             "cache": {
-                "enabled": True,
-                "dir": str(instance / "kvcache"),
-                "slots": defaults.CACHE_SLOTS,
-                "min_tokens": defaults.CACHE_MIN_TOKENS,
+                "enabled": settings["cache.enable_cache"],
+                "dir": cache or str(serving.instance / "kvcache"),
+                "slots": settings["cache.cache_slots"],
+                "min_tokens": settings["cache.min_tokens_for_cache"],
             },
         },
     }

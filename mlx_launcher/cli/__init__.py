@@ -11,7 +11,6 @@ import click
 
 from mlx_launcher import __version__
 from mlx_launcher.cli.output import EXIT_INTERRUPTED, App, Result, abandon_stdout, internal_error, render
-from mlx_launcher.config import paths
 from mlx_launcher.errors import EXIT_USAGE, LaunchError
 
 COMMANDS = {
@@ -19,8 +18,13 @@ COMMANDS = {
     "run": "Run a server in the foreground.",
     "status": "Show what is running and how it is doing.",
     "stop": "Stop the server and leave nothing behind.",
+    "restart": "Restart the server with its configuration as it is now.",
     "logs": "Show the server's log.",
+    "models": "List the models on this machine.",
+    "config": "Show, check or write the configuration.",
 }
+# Programs call these, nobody types them.
+HIDDEN = ("plan",)
 
 
 class _Commands(click.Group):
@@ -30,7 +34,7 @@ class _Commands(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
+        if cmd_name not in COMMANDS and cmd_name not in HIDDEN:
             return None
         command = importlib.import_module(f"{__name__}.{cmd_name}").command
         assert isinstance(command, click.Command)  # noqa: S101
@@ -43,16 +47,21 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="mlx-launch %(version)s")
+@click.option("--config", metavar="FILE", help="The configuration file. [default: .anyclauderc.json, here or at home]")
+@click.option("--no-config", is_flag=True, help="Read no configuration file.")
 @click.option("--state-dir", metavar="DIR", help="Where state is kept. [default: ~/.anyclaude/mlx-launch]")
 @click.option("--json", is_flag=True, expose_value=False, help="Write one JSON object to stdout, for scripts.")
 @click.pass_context
-def _group(ctx: click.Context, state_dir: str | None) -> None:
+def _group(ctx: click.Context, config: str | None, no_config: bool, state_dir: str | None) -> None:
     """Start, prove and supervise a local MLX server.
 
     Try it without a model of your own: mlx-launch start --demo
     """
+    from mlx_launcher.config import paths
+
     app: App = ctx.obj
     app.command = ctx.invoked_subcommand
+    app.config, app.no_config = config, no_config
     app.state_dir_given = state_dir is not None
     app.state_dir = paths.state_dir(state_dir, os.environ)
 

@@ -1,4 +1,4 @@
-"""From flags to a plan in a file, for the two commands that bring up a supervisor."""
+"""From flags to a plan in a file, for the commands that bring up a supervisor."""
 
 import json
 import os
@@ -7,52 +7,84 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-from mlx_launcher.backends.assemble import API_KEY_VARIABLE, Caller, Flags, assemble, demo_directory
-from mlx_launcher.cli.output import App
+import click
+
+from mlx_launcher.backends.assemble import assemble
+from mlx_launcher.backends.models import Say, demo_directory
+from mlx_launcher.backends.serving import Caller
+from mlx_launcher.cli.configured import current_directory, document_in_force
+from mlx_launcher.cli.output import App, clean
+from mlx_launcher.config.document import Document
+from mlx_launcher.config.layers import KEY_VARIABLES, Flags, names_a_model
 from mlx_launcher.config.paths import create_state_dir
 from mlx_launcher.errors import EXIT_USAGE, LaunchError
 from mlx_launcher.plan import Plan
 
 # -P: the directory that the user stands in may hold a json.py of its own.
-SUPERVISOR = [sys.executable, "-P", "-m", "mlx_launcher.supervisor"]
+PYTHON = [sys.executable, "-P", "-m"]
+SUPERVISOR = [*PYTHON, "mlx_launcher.supervisor"]
 
 
-def make_plan(app: App, flags: Flags, demo: bool) -> Plan:
-    """The plan for these flags, and the demo model on disk where it is asked for. Makes the state directory.
+def make_plan(app: App, flags: Flags, say: Say) -> Plan:
+    """The plan for these flags and the configuration in force, and the demo model on disk where it is asked for.
 
-    LaunchError `usage` unless exactly one of --model and --demo is given, and what `assemble` raises.
+    Makes the state directory; downloads a model that is not here yet and tells `say`. LaunchError `usage` when nothing at
+    all says what to serve, and what `document_in_force` and `assemble` raise.
     """
-    if (flags.model is None) != demo:
-        hint = "Give --model DIR for a model on disk, or --demo to try it with a tiny one"
-        what = "--model and --demo exclude each other" if demo else "there is no model to serve"
-        raise LaunchError("usage", what, hint, EXIT_USAGE)
+    if flags.demo and flags.model is not None:
+        hint = "Give --model for a model of yours, or --demo to try it with a tiny one"
+        raise LaunchError("usage", "--model and --demo exclude each other", hint, EXIT_USAGE)
+    document = document_in_force(app)
+    if document.file is None and not names_a_model(flags, os.environ):
+        hint = (
+            "Give --model DIR or ORG/NAME, or --demo to try it with a tiny one, "
+            "or write a configuration file with mlx-launch config init"
+        )
+        raise LaunchError("usage", "there is no model to serve", hint, EXIT_USAGE)
     create_state_dir(app.state_dir)
-    if demo:
-        _build_demo(demo_directory(app.state_dir))
-    caller = Caller([sys.executable, "-m", "mlx_launcher", *app.arguments], _current_directory(), os.environ)
-    return assemble(flags, app.state_dir, caller)
+    if flags.demo:
+        build_demo_model(app.state_dir)
+    caller = Caller(_command(app, flags, document), current_directory(), os.environ)
+    return assemble(flags, app.state_dir, caller, document, say)
+
+
+def _command(app: App, flags: Flags, document: Document) -> list[str]:
+    """A command that prints the same plan: the same file, flags and state directory, wherever they came from now."""
+    words = [*PYTHON, "mlx_launcher", "--json", f"--state-dir={app.state_dir}"]
+    words += [f"--config={document.file}"] if document.file else ["--no-config"]
+    words.append("plan")
+    for name, value in flags._asdict().items():
+        option = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(option)
+        elif value not in (None, False):
+            words.append(f"{option}={value}")  # one word: the value may begin with a dash
+    return words
+
+
+def show_notes(app: App, plan: Plan) -> None:
+    """Warnings that bar no start, for a person; a script has them in the journal."""
+    if not app.json:
+        for note in plan["notes"]:
+            click.echo(f"mlx-launch: note: {clean(note)}", err=True)
 
 
 def supervisor_environment() -> dict[str, str]:
-    """This process's environment without the key: the supervisor has it from the plan, and `ps` shows environments."""
-    return {name: value for name, value in os.environ.items() if name != API_KEY_VARIABLE}
+    """This process's environment without the keys: the supervisor has them from the plan, and `ps` shows environments."""
+    return {name: value for name, value in os.environ.items() if name not in KEY_VARIABLES}
 
 
-def _build_demo(directory: Path) -> None:
+def build_demo_model(state_dir: Path) -> Path:
+    """The demo model, built in the state directory where it is not there yet."""
     from mlx_launcher.demo import build_demo
 
+    directory = demo_directory(state_dir)
     try:
         build_demo(directory)
     except OSError as error:
         what = f"the demo model cannot be written to {directory}: {error.strerror or error}"
         raise LaunchError("demo_failed", what, "Make room there, or give another --state-dir") from None
-
-
-def _current_directory() -> str:
-    try:
-        return str(Path.cwd())
-    except OSError:
-        raise LaunchError("no_directory", "the current directory is gone", "Change to another one first") from None
+    return directory
 
 
 def plan_file(plan: Plan) -> IO[bytes]:

@@ -28,18 +28,28 @@ def server_options(command: F) -> F:
     return command
 
 
+def port_option(command: F) -> F:
+    """`--port` of a command that names a server's port and nothing else of it."""
+    return click.option("--port", type=_PORT, metavar="N", help=f"The port. [default: {defaults.PORT}]")(command)
+
+
+def log_file_option(command: F) -> F:
+    """`--log-file` of a server that somebody else keeps the log of."""
+    text = "Where the server's log goes. [default: server.log beside the state]"
+    return click.option("--log-file", metavar="FILE", help=text)(command)
+
+
 _PORT = click.IntRange(1, 65535)
 _SERVER = (
-    click.option("--model", metavar="DIR", help="The directory of an MLX model."),
+    click.option("--mode", metavar="NAME", help="The backend of the configuration file to start. [default: its own]"),
+    click.option("--model", metavar="DIR", help="The directory of an MLX model, or org/name on the hub."),
     click.option("--demo", is_flag=True, help="Serve a tiny model that is built on the spot, without a download."),
-    click.option(
-        "--port", type=_PORT, metavar="N", default=defaults.PORT, show_default=True, help="The port to listen on."
-    ),
+    click.option("--port", type=_PORT, metavar="N", help=f"The port to listen on. [default: {defaults.PORT}]"),
     click.option(
         "--host",
         metavar="ADDRESS",
-        default=defaults.HOST,
-        show_default=True,
-        help="The address to listen on. One that others can reach needs a key in MLX_API_KEY.",
+        help="The address to listen on. One that others can reach needs a key in MLX_API_KEY. "
+        f"[default: {defaults.HOST}]",
     ),
+    click.option("--force", is_flag=True, help="Start a model that does not fit into this machine's memory."),
 )

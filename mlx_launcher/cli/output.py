@@ -1,16 +1,17 @@
 """What every command says and how: lines for people, one JSON object for scripts, one line for an error."""
 
-import json
 import os
-import shlex
 import sys
-from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import click
 
 from mlx_launcher.config import defaults
 from mlx_launcher.errors import LaunchError
+
+# What --help does not need is imported where it is used: pathlib alone is a tenth of its time.
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PROGRAM = "mlx-launch"
 EXIT_INTERRUPTED = 130
@@ -31,17 +32,22 @@ class Result(NamedTuple):
 class App:
     """What the commands share: where the state lives, and which form of output was asked for."""
 
+    state_dir: "Path"  # set before any command runs
+
     def __init__(self, arguments: list[str]) -> None:
         self.arguments = arguments
         # Looked for here and not left to the parser, because what the parser refuses has to be told in JSON too.
         self.json = "--json" in arguments
         self.command: str | None = None
-        # Both are set before any command runs.
-        self.state_dir = Path()
+        # These are set before any command runs.
         self.state_dir_given = False  # by a flag, which has to be given again to mean the same server
+        self.config: str | None = None  # what --config names
+        self.no_config = False
 
     def typed(self, command: str, port: int) -> str:
         """A command as it has to be typed to mean the server on this port."""
+        import shlex
+
         words = [_program()]
         if self.state_dir_given:
             words += ["--state-dir", str(self.state_dir)]
@@ -53,6 +59,8 @@ class App:
 
 def _program() -> str:
     """What to type for this command: its path where the name alone finds no or another one (an environment not activated)."""
+    from pathlib import Path
+
     called = Path(sys.argv[0])
     if called.name != PROGRAM:
         return PROGRAM
@@ -87,6 +95,8 @@ def _write(app: App, result: Result) -> None:
             "data": result.data,
             "errors": [error.as_json()] if error else [],
         }
+        import json
+
         click.echo(json.dumps(envelope))
     else:
         for line in result.lines:
@@ -132,7 +142,7 @@ def _keep_details(app: App, error: Exception) -> str:
     import traceback
 
     details = "".join(traceback.format_exception(error))
-    for directory in (app.state_dir, Path(tempfile.gettempdir())):
+    for directory in (getattr(app, "state_dir", None), tempfile.gettempdir()):
         try:
             # Where there is no state directory yet, a failed command is no reason to make one.
             descriptor, path = tempfile.mkstemp(prefix="mlx-launch-error-", suffix=".txt", dir=directory)

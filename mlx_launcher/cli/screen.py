@@ -54,6 +54,11 @@ def ready_screen(app: App, status: dict[str, Any], require_key: bool) -> list[st
     ]
 
 
+def serves(status: dict[str, Any]) -> bool:
+    """Whether a server is there for requests and stays."""
+    return status["state"] in ("ready", "idle", "degraded") and not status["draining"]
+
+
 def phase_text(status: dict[str, Any]) -> str:
     """What a server that is not ready yet is doing, without numbers that change: "loading", "restarting: reason"."""
     if status["draining"]:
@@ -155,6 +160,9 @@ def _rows(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "kv cache", f"{cache['entries']} entries, {size(cache['bytes'])}{limit}"
     if status["last_error"]:
         yield "last error", status["last_error"]
+    reload = status.get("reload")
+    if reload and reload["state"] != "done":
+        yield "restart", f"{reload['state']}: {reload['reason']}" if reload["reason"] else reload["state"]
     yield "log", status["log_file"]
 
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import click
 
-from mlx_launcher.backends.assemble import Flags
 from mlx_launcher.cli.instances import ask, failure, last_status, log_file, not_running
-from mlx_launcher.cli.launch import SUPERVISOR, make_plan, plan_file, supervisor_environment
+from mlx_launcher.cli.launch import SUPERVISOR, make_plan, plan_file, show_notes, supervisor_environment
 from mlx_launcher.cli.options import json_option, server_options
 from mlx_launcher.cli.output import EXIT_INTERRUPTED, App, Result
 from mlx_launcher.cli.progress import Progress
 from mlx_launcher.cli.screen import failed_screen, phase_text, ready_screen
+from mlx_launcher.config.layers import Flags
 from mlx_launcher.errors import EXIT_FAILED, EXIT_NOT_READY, LaunchError
-from mlx_launcher.plan import Plan
+from mlx_launcher.plan import CHECKSUMS, Plan, compared
 
 _POLL_S = 0.1
 _ATTEMPTS = 5  # to find a supervisor or become one, when others start and stop at the same moment
@@ -40,14 +40,14 @@ _SERVES = ("ready", "idle", "degraded")
 )
 @json_option
 @click.pass_obj
-def command(
-    app: App, model: str | None, demo: bool, port: int, host: str, no_wait: bool, timeout: float | None
-) -> Result:
+def command(app: App, /, no_wait: bool, timeout: float | None, **server: Any) -> Result:
     """Start a server in the background and wait until it is ready.
 
     Ready means that it has generated a token. Try it without a model of your own: mlx-launch start --demo
     """
-    plan = make_plan(app, Flags(model, port, host), demo)
+    with Progress(sys.stdout, quiet=app.json) as progress:
+        plan = make_plan(app, Flags(**server), progress.show)
+    show_notes(app, plan)
     attached = _bring_up(app, plan)
     if no_wait:
         return _not_waiting(app, plan, attached)
@@ -86,18 +86,26 @@ def _bring_up(app: App, plan: Plan) -> bool:
 
 def _require_same(app: App, status: dict[str, Any], plan: Plan) -> None:
     """LaunchError `other_settings` when what runs on the port is not what was asked for."""
-    running = status["settings"]
-    pairs = {
-        "model": (running["model"], plan["model"]["path"]),
-        "backend": (running["backend"], plan["backend"]["name"]),
-        "host": (", ".join(running["hosts"]), ", ".join(plan["hosts"])),
-    }
-    other = [f"{name} {is_} instead of {wanted}" for name, (is_, wanted) in pairs.items() if is_ != wanted]
-    if other:
-        what = f"a server runs on port {plan['port']} with other settings: {'; '.join(other)}"
+    running, wanted = status["settings"], compared(plan)
+    names = [name for name in dict.fromkeys([*wanted, *running]) if running.get(name) != wanted.get(name)]
+    if names:
+        other = "; ".join(_difference(name, running.get(name), wanted.get(name)) for name in names)
+        restart, stop = app.typed("restart", plan["port"]), app.typed("stop", plan["port"])
         raise LaunchError(
-            "other_settings", what, f"Stop it first with {app.typed('stop', plan['port'])}, or choose another --port"
+            "other_settings",
+            f"a server runs on port {plan['port']} with other settings: {other}",
+            f"{restart} takes up a changed configuration file; for other options, {stop} first, or choose another --port",
         )
+
+
+def _difference(name: str, is_: Any, wanted: Any) -> str:
+    if name in CHECKSUMS:
+        return f"another {name}"
+    return f"{name} {_plain(is_)} instead of {_plain(wanted)}"
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _spawn(app: App, plan: Plan) -> None:
@@ -168,7 +176,7 @@ def _wait(app: App, plan: Plan, attached: bool, timeout: float | None) -> Result
                 return Result(_data(status, attached), [], LaunchError("not_ready", what, hint, EXIT_NOT_READY))
             progress.show(phase_text(status), status["progress"])
             time.sleep(_POLL_S)
-    require_key = plan["backend"]["settings"]["require_key"]
+    require_key = plan["backend"]["settings"].get("require_key", False)
     said = ["It was running already."] if attached else []
     return Result(_data(status, attached), said + ready_screen(app, status, require_key))
 

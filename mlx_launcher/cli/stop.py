@@ -10,12 +10,11 @@ from mlx_launcher.cli.instances import ask, choose, is_locked, remembered
 from mlx_launcher.cli.options import json_option, which_option
 from mlx_launcher.cli.output import EXIT_INTERRUPTED, App, Result
 from mlx_launcher.cli.progress import Progress
-from mlx_launcher.config import defaults
 from mlx_launcher.errors import LaunchError
 
 _POLL_S = 0.1
-# After the drain the supervisor asks with SIGTERM for STOP_TIMEOUT_S, kills, and looks around; then it is late.
-_GRACE_S = defaults.STOP_TIMEOUT_S + 10.0
+# After the drain the supervisor asks with SIGTERM for its stopTimeout, kills, and looks around; then it is late.
+_GRACE_S = 10.0
 
 
 @click.command("stop")
@@ -23,31 +22,30 @@ _GRACE_S = defaults.STOP_TIMEOUT_S + 10.0
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0),
-    default=defaults.STOP_TIMEOUT_S,
-    show_default=True,
     metavar="S",
-    help="How many seconds the requests in flight may take to finish.",
+    help="How many seconds the requests in flight may take to finish. [default: stopTimeout, 30 s]",
 )
 @json_option
 @click.pass_obj
-def command(app: App, port: int | None, timeout: float) -> Result:
+def command(app: App, port: int | None, timeout: float | None) -> Result:
     """Stop the server and leave nothing behind.
 
     No new requests are taken, those in flight are finished, then everything that the server started is ended.
     """
     try:
         instance = choose(app.state_dir, port)
-        pid = ask(instance, {"do": "stop", "timeout_s": timeout})["pid"]
+        answer = ask(instance, {"do": "stop"} if timeout is None else {"do": "stop", "timeout_s": timeout})
     except LaunchError as error:
         if error.code != "not_running":
             raise
         return Result({"stopped": False, "pid": None}, [f"{error.message}."])
     try:
-        _wait(app, instance, timeout + _GRACE_S)
+        stop_timeout: float = answer["stop_timeout_s"]
+        _wait(app, instance, (stop_timeout if timeout is None else timeout) + stop_timeout + _GRACE_S)
     except KeyboardInterrupt:
         what = f"interrupted, the server on port {instance.name} goes on stopping"
         raise LaunchError("interrupted", what, "", EXIT_INTERRUPTED) from None
-    return Result({"stopped": True, "pid": pid}, [f"Stopped the server on port {instance.name}."])
+    return Result({"stopped": True, "pid": answer["pid"]}, [f"Stopped the server on port {instance.name}."])
 
 
 def _wait(app: App, instance: Path, timeout_s: float) -> None:

@@ -96,7 +96,7 @@ class _Source:
         self._root = root
         file = root / "models" / f"{name}.py"
         tree = _parse(file)
-        self.text = file.read_text() if tree else ""
+        self.text = file.read_text("utf-8") if tree else ""
         self._body = tree.body if tree else []
         self._classes = {node.name: node for node in self._body if isinstance(node, ast.ClassDef)}
 
@@ -169,6 +169,6 @@ def _calls(node: ast.AST) -> Iterator[str]:
 
 def _parse(file: Path) -> ast.Module | None:
     try:
-        return ast.parse(file.read_text())
+        return ast.parse(file.read_text("utf-8"))
     except (OSError, ValueError, SyntaxError):
         return None

@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 
 from mlx_launcher.errors import EXIT_USAGE, LaunchError
 from mlx_launcher.plan import Plan
-from mlx_launcher.supervisor import status
+from mlx_launcher.supervisor import plans, status
 from mlx_launcher.supervisor.journal import Journal
-from mlx_launcher.supervisor.listener import bind_all
+from mlx_launcher.supervisor.listener import Port
 from mlx_launcher.supervisor.loop import Supervisor
 from mlx_launcher.supervisor.process import end_orphan
 
-PLAN_SCHEMA = 1
 # A command that looks whether the lock is free holds it for a moment.
 LOCK_S = 0.3
 
@@ -86,9 +85,10 @@ def _prepare(arguments: Arguments, wake: socket.socket) -> Supervisor:
     _lock(plan)
     journal = Journal(os.path.join(plan["instance"], "journal.jsonl"))
     _end_what_was_left(journal)
-    listeners = bind_all(plan["hosts"], plan["port"], journal.note)
+    port = Port(plan["hosts"], plan["port"], journal.note)
+    port.own()
     try:
-        return Supervisor(plan, listeners, journal, wake, arguments.foreground)
+        return Supervisor(plan, port, journal, wake, arguments.foreground)
     except OSError as error:
         raise _state_error(plan["instance"], error) from error
 
@@ -98,14 +98,11 @@ def _read_plan(fd: int) -> Plan:
         with contextlib.suppress(OSError):
             os.lseek(fd, 0, os.SEEK_SET)  # the writer's offset is ours
         with open(fd, "rb") as file:
-            plan: Plan = json.loads(file.read())
-        if plan["schema"] != PLAN_SCHEMA or plan["backend"]["kind"] != "host":
-            raise ValueError(f"schema {plan['schema']}, backend kind {plan['backend']['kind']}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            return plans.check(json.loads(file.read()))
+    except (OSError, ValueError) as error:
         raise LaunchError(
-            "bad_plan", f"the plan cannot be used: {error!r}", "Start again with mlx-launch start"
+            "bad_plan", f"the plan cannot be used: {error}", "Start again with mlx-launch start"
         ) from error
-    return plan
 
 
 def _keep_standard_descriptors() -> None:
@@ -161,8 +158,12 @@ def _end_what_was_left(journal: Journal) -> None:
     if trouble is not None:
         journal.note("state_ignored", reason=trouble)
     server: Any = state.get("server") if state else None
-    if isinstance(server, dict) and type(server.get("pid")) is int:
-        end_orphan(server["pid"], server.get("started"), journal.note)
+    if server is None:
+        return
+    if not isinstance(server, dict) or type(server.get("pid")) is not int:
+        journal.note("state_ignored", reason="it names no server")
+    else:
+        end_orphan(server["pid"], server.get("started"), server.get("goes_by_itself") is not False, journal.note)
 
 
 def _report(fd: int | None, report: dict[str, Any], error: LaunchError | None = None) -> None:

@@ -80,9 +80,16 @@ class Journal:
 
     def __init__(self, path: str) -> None:
         self.tail: deque[dict[str, Any]] = deque(maxlen=TAIL)
+        self._troubles: dict[str, str | None] = {}
         self._file = RotatingFile(path, JOURNAL_MAX_BYTES)
 
     def note(self, event: str, **fields: Any) -> None:
         line = {"at": utc_now(), "event": event, **fields}
         self.tail.append(line)
         self._file.write(json.dumps(line).encode() + b"\n")
+
+    def trouble(self, what: str, why: str | None) -> None:
+        """Notes a trouble when it begins and, with None, when it is over; not each time that it is met."""
+        if self._troubles.get(what) != why:
+            self._troubles[what] = why
+            self.note(f"{what}_trouble", reason=why or "over")

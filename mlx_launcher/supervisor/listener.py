@@ -14,6 +14,28 @@ _ANY = "0.0.0.0"  # noqa: S104 (recognised here, bound only when the plan says s
 _NO_IPV6 = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
+class Port:
+    """The listening sockets of a plan: owned, or released to a server that binds the port itself."""
+
+    def __init__(self, hosts: list[str], port: int, note: Callable[..., None]) -> None:
+        self.sockets: list[socket.socket] = []
+        self._hosts, self._port, self._note = hosts, port, note
+
+    def own(self) -> None:
+        """Binds every host, if it is not bound. LaunchError as `bind_all`."""
+        if not self.sockets:
+            self.sockets = bind_all(self._hosts, self._port, self._note)
+
+    def release(self) -> None:
+        for sock in self.sockets:
+            sock.close()
+        self.sockets = []
+
+    def hosts(self) -> list[str]:
+        """The addresses that are bound."""
+        return [str(sock.getsockname()[0]) for sock in self.sockets]
+
+
 def bind_all(hosts: list[str], port: int, note: Callable[..., None]) -> list[socket.socket]:
     """Listening, non-blocking sockets on every host. `note(event, **fields)` takes what the journal should say.
 

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import random
-import select
 import selectors
 import signal
 import socket
@@ -11,12 +10,16 @@ import time
 from typing import Any
 
 from mlx_launcher import system
+from mlx_launcher.errors import LaunchError
 from mlx_launcher.plan import Plan
-from mlx_launcher.supervisor import status
+from mlx_launcher.supervisor import plans, status
 from mlx_launcher.supervisor.control import Answer, ControlServer, error_answer
 from mlx_launcher.supervisor.journal import Journal, RotatingFile, utc_now
-from mlx_launcher.supervisor.policy import Decision, Policy, Rules
+from mlx_launcher.supervisor.listener import Port
+from mlx_launcher.supervisor.policy import Decision, Policy
 from mlx_launcher.supervisor.process import Server, describe_exit
+from mlx_launcher.supervisor.reload import Refusal, Reload, misplaced
+from mlx_launcher.supervisor.terminal import Terminal
 
 PHASES = ("importing", "loading", "proving")
 
@@ -26,34 +29,24 @@ MAX_WAIT_S = 1.0
 GROUP_POLL_S = 0.03
 # A wait that took this much longer than asked was a sleeping laptop or a Ctrl-Z.
 GAP_S = 2.0
-READ_BYTES = 65536
-# What a server that just ended may have left in its pipe (64 KiB, or 1 MiB where somebody enlarged it).
-LAST_READS = 16
 
 
 class Supervisor:
     """Runs one plan from the first server to the final state. `run` returns the exit code.
 
-    The working directory must be the instance's, its lock held, `listeners` bound (they are closed by the end); `wake` is
-    the read end of what `signal.set_wakeup_fd` feeds. The constructor raises OSError without a control socket.
+    The working directory must be the instance's, its lock held, `port` owned (it is released by the end); `wake` is the
+    read end of what `signal.set_wakeup_fd` feeds. The constructor raises OSError without a control socket.
     """
 
-    def __init__(
-        self, plan: Plan, listeners: list[socket.socket], journal: Journal, wake: socket.socket, foreground: bool
-    ) -> None:
-        restart = plan["restart"]
-        rules = Rules(
-            restart["max_restarts"],
-            restart["window_s"],
-            restart["backoff_s"],
-            restart["backoff_max_s"],
-            plan["stop_timeout_s"],
-        )
-        self._plan = plan
-        self._listeners = listeners
+    def __init__(self, plan: Plan, port: Port, journal: Journal, wake: socket.socket, foreground: bool) -> None:
+        self._plan = self._good_plan = plan
+        self._next_plan: Plan | None = None  # takes its place when the server has ended
+        self._reload: Reload | None = None
+        self._reload_again = False  # somebody asked while one was under way
+        self._port = port
         self._journal = journal
-        self._foreground = foreground
-        self._policy = Policy(rules, random.random)
+        self._terminal = Terminal(foreground)
+        self._policy = Policy(plans.rules(plan), random.random)
         self._log = RotatingFile(plan["log_file"], plan["log_max_bytes"])
         self._server: Server | None = None
         self._exit: str | None = None  # how the server's leader ended, while others of its group are left
@@ -61,9 +54,7 @@ class Supervisor:
         self._beat: dict[str, Any] = {}
         self._progress: dict[str, int] | None = None
         self._stop_signals = 0
-        self._troubles: dict[str, str | None] = {}
         self._shown: tuple[Any, ...] = ()
-        self._headline = ""
         self._began = self._last_look = time.monotonic()
         self._now = 0.0
         self._pid_started = system.process_started(os.getpid())
@@ -75,10 +66,10 @@ class Supervisor:
     # -- the loop
 
     def run(self) -> int:
-        self._journal.note(
-            "started", pid=os.getpid(), port=self._plan["port"], hosts=[_host(s) for s in self._listeners]
-        )
-        self._say("listening on " + ", ".join(_host(s) for s in self._listeners) + f" port {self._plan['port']}")
+        hosts = self._port.hosts()
+        self._journal.note("started", pid=os.getpid(), port=self._plan["port"], hosts=hosts)
+        self._note_warnings()
+        self._terminal.say(f"listening on {', '.join(hosts)} port {self._plan['port']}")
         try:
             self._apply(self._policy.begin(self._now))
             while not self._policy.finished:
@@ -95,8 +86,9 @@ class Supervisor:
         wait = MAX_WAIT_S
         if self._exit is not None:
             wait = GROUP_POLL_S
-        if self._policy.deadline is not None:
-            wait = min(wait, self._policy.deadline - self._now)
+        for due in (self._policy.deadline, self._server.due if self._server else None):
+            if due is not None:
+                wait = min(wait, due - self._now)
         return max(wait, 0.0)
 
     def _look(self, wait: float) -> None:
@@ -104,7 +96,7 @@ class Supervisor:
         # Our clock leaves gaps out: after them every deadline has as far to go as before.
         real = time.monotonic()
         elapsed, self._last_look = real - self._last_look, real
-        self._now += elapsed if elapsed < wait + GAP_S else wait
+        self._now += elapsed if 0 <= elapsed < wait + GAP_S else wait
         for key, mask in events:
             key.data(mask)
         self._on_tick(real)
@@ -116,6 +108,12 @@ class Supervisor:
             why = self._exit
             self._forget_server()
             self._apply(self._policy.emptied(self._now, why))
+        if self._reload_again and not (self._reload and self._reload.under_way):
+            self._begin_reload("SIGHUP")
+        if self._reload is not None and (outcome := self._reload.poll()) is not None:
+            self._on_planned(self._reload, outcome)
+        if self._server is not None:
+            self._server.poll(self._now)
         self._apply(self._policy.tick(self._now))
 
     # -- signals and requests
@@ -126,8 +124,14 @@ class Supervisor:
                 if number in (signal.SIGTERM, signal.SIGINT):
                     self._on_stop_signal(signal.Signals(number).name)
                 elif number == signal.SIGHUP:
-                    self._journal.note("hangup_ignored", reason="reload comes with restart")
+                    self._on_hangup()
         # SIGCHLD only had to end the wait: _on_tick reaps.
+
+    def _on_hangup(self) -> None:
+        if self._terminal.is_gone():
+            self._on_stop_signal("SIGHUP of a closed terminal")
+        else:
+            self._reload_again = not self._policy.draining
 
     def _on_stop_signal(self, name: str) -> None:
         self._stop_signals += 1
@@ -135,9 +139,16 @@ class Supervisor:
 
     def _stop(self, drain_s: float, who: str) -> None:
         self._journal.note("stop", by=who, drain_s=drain_s)
-        decisions = self._policy.stop(self._now, drain_s)
-        self._close_listeners()
+        self._reload_again = False
+        if self._reload is not None and self._reload.under_way:
+            self._reload.abandon()
+            self._reload.ended("refused", Refusal("the server was asked to stop", ""))
+        decisions = self._policy.stop(self._now, self._drain_s(drain_s))
+        self._port.release()
         self._apply(decisions)
+
+    def _drain_s(self, seconds: float) -> float:
+        return seconds if self._server is None or self._server.drains else 0.0
 
     def _on_request(self, request: dict[str, Any]) -> Answer:
         do = request.get("do")
@@ -148,8 +159,58 @@ class Supervisor:
             if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 <= timeout_s < 1e9:
                 return error_answer("bad_request", "timeout_s is a number of seconds")
             self._stop(float(timeout_s), "stop")
-            return {"ok": True, "data": {"pid": os.getpid()}}
-        return error_answer("bad_request", f"no request is called {do!r}", "Known: status, stop")
+            return {"ok": True, "data": {"pid": os.getpid(), "stop_timeout_s": self._plan["stop_timeout_s"]}}
+        if do == "restart":
+            if self._policy.draining:
+                return error_answer("stopping", "the server is stopping", "Start it again with mlx-launch start")
+            if self._reload is not None and self._reload.under_way:
+                return error_answer("busy", "a restart is under way already", "See mlx-launch status")
+            return {"ok": True, "data": {"reload_id": self._begin_reload("restart")}}
+        return error_answer("bad_request", f"no request is called {do!r}", "Known: status, stop, restart")
+
+    # -- another plan
+
+    def _begin_reload(self, trigger: str) -> int:
+        number = self._reload.seen["id"] + 1 if self._reload else 1
+        self._reload_again = False
+        self._journal.note("reload", id=number, trigger=trigger)
+        self._reload = Reload(number, trigger, self._plan["source"], self._selector, self._log.write)
+        self._terminal.say("planning")
+        return number
+
+    def _on_planned(self, reload: Reload, outcome: Plan | Refusal) -> None:
+        if not isinstance(outcome, Refusal):
+            outcome = misplaced(self._plan, outcome) or outcome
+        if isinstance(outcome, Refusal):
+            self._end_reload("refused", outcome)
+            return
+        reload.seen["changes"] = plans.changes(self._plan, outcome)
+        for change in reload.seen["changes"]:
+            self._journal.note("plan_change", change=change)
+        if reload.seen["trigger"] == "SIGHUP" and plans.same_server(self._plan, outcome):
+            self._end_reload("done")
+            return
+        reload.seen["state"] = "switching"
+        self._next_plan = outcome
+        drain_s = self._drain_s(self._plan["stop_timeout_s"])
+        self._apply(self._policy.switch(self._now, drain_s, plans.rules(outcome)))
+
+    def _end_reload(self, state: str, refusal: Refusal | None = None) -> None:
+        if self._reload is not None and self._reload.under_way:
+            self._reload.ended(state, refusal)
+            reason = refusal.reason if refusal else None
+            self._journal.note(f"reload_{state}", reason=reason)
+            self._terminal.say(f"restart {state}: {reason}" if reason else f"restart {state}")
+
+    def _use(self, plan: Plan) -> None:
+        self._plan = plan
+        self._log.close()
+        self._log = RotatingFile(plan["log_file"], plan["log_max_bytes"])
+        self._note_warnings()
+
+    def _note_warnings(self) -> None:
+        for text in plans.notes(self._plan):
+            self._journal.note("warning", text=text)
 
     # -- the server
 
@@ -159,12 +220,20 @@ class Supervisor:
                 self._spawn()
                 continue
             self._journal.note(decision.do, reason=decision.why, server=self._server and self._server.pid)
-            if self._server is None:
+            if decision.do == "adopt":
+                self._good_plan = self._plan
+                self._end_reload("done")
+            elif decision.do == "revert":
+                self._next_plan = self._good_plan
+                self._end_reload(
+                    "reverted", Refusal(decision.why, "The last configuration that worked is in force again")
+                )
+            elif self._server is None:
                 continue
-            if decision.do == "drain":
-                self._send({"type": "drain"})
+            elif decision.do == "drain":
+                self._server.send({"type": "drain"})
             elif decision.do == "term":
-                self._send({"type": "stop"})
+                self._server.send({"type": "stop"})
                 self._server.signal_group(signal.SIGTERM)
             elif decision.do == "kill":
                 self._server.signal_group(signal.SIGKILL)
@@ -172,75 +241,50 @@ class Supervisor:
 
     def _spawn(self) -> None:
         self._forget_server()  # one that was given up: nothing ends it
+        if self._next_plan is not None:
+            self._use(self._next_plan)
+            self._next_plan = None
         try:
-            server = Server(self._plan["backend"], self._listeners)
+            self._port.own()
+            self._journal.trouble("port", None)
+            if plans.lends(self._plan):
+                self._port.release()
+            server = Server(self._plan, self._port.sockets, self._selector, self._on_message, self._on_output)
+        except LaunchError as error:
+            self._apply(self._policy.spawn_failed(self._now, error.message, permanent=False))
+            return
         except (OSError, ValueError) as error:
             permanent = isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | ValueError)
             why = f"the server cannot be started: {error}"
+            self._regain_port()
             self._apply(self._policy.spawn_failed(self._now, why, permanent))
             return
-        self._server, self._progress, self._beat = server, None, _between_servers(self._beat)
+        self._server, self._progress, self._beat = server, None, status.between_servers(self._beat)
         self._journal.note("spawn", server=server.pid, restarts=self._policy.restarts)
-        self._selector.register(server.output, selectors.EVENT_READ, self._on_output)
-        self._selector.register(server.channel.sock, selectors.EVENT_READ, self._on_channel)
-        self._apply(self._policy.spawned())
-        self._send({"type": "activate", "settings": self._plan["backend"]["settings"]})
+        self._apply(self._policy.spawned(self._now))
+        server.send({"type": "activate", "settings": self._plan["backend"]["settings"]})
 
-    def _send(self, message: dict[str, Any]) -> None:
-        if self._server is not None:
-            self._server.channel.send(message)
-            self._watch_channel(self._server)
-
-    def _watch_channel(self, server: Server) -> None:
-        sock = server.channel.sock
-        if sock not in self._selector.get_map():
-            return
-        if server.channel.ended:
-            self._selector.unregister(sock)
-            return
-        write = selectors.EVENT_WRITE if server.channel.wants_to_write else 0
-        self._selector.modify(sock, selectors.EVENT_READ | write, self._on_channel)
-
-    def _on_output(self, _mask: int) -> None:
-        if self._server is not None and not self._pump(self._server.output):
-            self._selector.unregister(self._server.output)
-
-    def _pump(self, fd: int) -> bool:
-        """One read from the server's output into its log; False at its end."""
-        try:
-            data = os.read(fd, READ_BYTES)
-        except BlockingIOError:
-            return True
-        if data:
-            self._log.write(data)
-            self._trouble("log", self._log.error)
-        return bool(data)
-
-    def _on_channel(self, mask: int) -> None:
-        server = self._server
-        if server is None:
-            return
-        if mask & selectors.EVENT_WRITE:
-            server.channel.flush()
-        if mask & selectors.EVENT_READ:
-            self._receive(server)
-        self._watch_channel(server)
-
-    def _receive(self, server: Server) -> None:
-        for message in server.channel.receive():
-            self._on_message(message)
-        self._trouble("channel", "lines that are too long or no JSON" if server.channel.dropped else None)
+    def _on_output(self, data: bytes) -> None:
+        self._log.write(data)
+        self._journal.trouble("log", self._log.error)
+        self._policy.progressed(self._now)
 
     def _on_message(self, message: dict[str, Any]) -> None:
         kind = message.get("type")
+        self._journal.trouble(
+            "channel", "lines that are too long or no JSON" if self._server and self._server.dropped else None
+        )
         if kind == "beat":
             self._beat = message
         elif kind == "phase" and message.get("phase") in PHASES:
-            self._progress = _progress(message)
-            self._apply(self._policy.progressed(message["phase"]))
-        elif kind == "ready":
+            self._progress = status.progress(message)
+            self._apply(self._policy.progressed(self._now, message["phase"]))
+        elif kind == "unproved":
+            self._journal.trouble("proof", message["reason"])
+        elif kind == "ready" and self._server is not None:
             self._progress = None
-            self._journal.note("ready", server=self._server and self._server.pid, took_s=message.get("took_s"))
+            self._server.proved()
+            self._journal.note("ready", server=self._server.pid, took_s=message.get("took_s"))
             self._apply(self._policy.ready(self._now))
         elif kind == "fault":
             parts = [str(message[key]).rstrip(".") for key in ("reason", "hint") if message.get(key)]
@@ -255,21 +299,11 @@ class Supervisor:
         code = server.exit_code()
         if code is None:
             return
-        if server.channel.sock in self._selector.get_map():
-            for _ in range(LAST_READS):  # a fault that it reported last counts
-                if server.channel.ended:
-                    break
-                self._receive(server)
-        why, signal_name = describe_exit(code)
-        self._last_exit = {
-            "at": utc_now(),
-            "code": code if code >= 0 else None,
-            "signal": signal_name,
-            "reason": why,
-        }
+        server.hear_last_words()
+        self._last_exit = {"at": utc_now(), **describe_exit(code)}
+        why = self._exit = self._last_exit["reason"]
         left = server.group_left()
         self._journal.note("exit", server=server.pid, left=left, **self._last_exit)
-        self._exit = why
         decisions = self._policy.exited(self._now, why, left)
         if not left:
             self._forget_server()
@@ -278,15 +312,20 @@ class Supervisor:
     def _forget_server(self) -> None:
         """Lets go of a server of whose group nothing is left, once its last words are in the log."""
         server, self._server, self._exit, self._progress = self._server, None, None, None
-        if server is None:
-            return
-        for watched in (server.output, server.channel.sock):
-            if watched in self._selector.get_map():
-                self._selector.unregister(watched)
-        for _ in range(LAST_READS):
-            if not self._pump(server.output):
-                break
-        server.close()
+        if server is not None:
+            server.close()
+        self._regain_port()
+
+    def _regain_port(self) -> None:
+        """After it was lent: clients wait in the queue and no stranger gets in until the next server is started.
+
+        Who still waits when it is lent again is cut off, as if refused.
+        """
+        if not self._policy.finished and not self._policy.draining:
+            try:
+                self._port.own()
+            except LaunchError as error:
+                self._journal.trouble("port", error.message)
 
     # -- what others see
 
@@ -297,7 +336,7 @@ class Supervisor:
             server = {
                 "pid": self._server.pid,
                 "uptime_s": round(real - self._server.began, 1),
-                "rss_bytes": self._beat.get("rss_bytes"),
+                "rss_bytes": self._beat.get("rss_bytes") if self._server.drains else system.rss_bytes(self._server.pid),
                 "restarts": self._policy.restarts,
                 "last_exit": self._last_exit,
             }
@@ -305,11 +344,13 @@ class Supervisor:
             "state": self._policy.state,
             "phase": self._policy.phase,
             "progress": self._progress,
-            "draining": self._policy.draining,
+            "draining": self._policy.draining or self._policy.trial == "ending",
             "last_error": self._policy.last_error,
             "uptime_s": real - self._began,
             "rss_bytes": system.rss_bytes(os.getpid()),
             "server": server,
+            "listener": "lent" if plans.lends(self._plan) and not self._port.sockets else "owned",
+            "reload": self._reload.seen if self._reload else None,
             "beat": self._beat,
             "events": list(self._journal.tail),
         }
@@ -318,52 +359,31 @@ class Supervisor:
     def _changed(self) -> None:
         """Rewrites state.json and tells the terminal, if there is anything new to say."""
         policy, pid = self._policy, self._server and self._server.pid
-        shown = (policy.state, policy.phase, policy.draining, policy.last_error, policy.finished, pid)
-        data = self._status() if shown != self._shown or self._foreground else {}
+        reload = self._reload and self._reload.seen["state"]
+        shown = (
+            policy.state,
+            policy.phase,
+            policy.draining,
+            policy.trial,
+            policy.last_error,
+            policy.finished,
+            pid,
+            reload,
+        )
+        data = self._status() if shown != self._shown or self._terminal.wanted else {}
         if shown != self._shown:
             self._shown = shown
-            server = {"pid": pid, "started": self._server.started} if self._server else None
-            self._trouble("state", status.write_state(self._pid_started, server, data))
-        if self._foreground and (line := status.headline(data)) != self._headline:
-            self._headline = line
-            self._say(line)
-
-    def _trouble(self, what: str, why: str | None) -> None:
-        """Journals a trouble when it begins and when it is over, not at every write."""
-        if self._troubles.get(what) != why:
-            self._troubles[what] = why
-            self._journal.note(f"{what}_trouble", reason=why or "over")
-
-    def _say(self, line: str) -> None:
-        # A terminal that was halted (Ctrl-S) or a reader that does not read must not halt the supervisor.
-        with contextlib.suppress(OSError):
-            if self._foreground and select.select([], [1], [], 0)[1]:
-                os.write(1, line.encode() + b"\n")
-
-    def _close_listeners(self) -> None:
-        for sock in self._listeners:
-            sock.close()
+            server = self._server.remembered() if self._server else None
+            self._journal.trouble("state", status.write_state(self._pid_started, server, data))
+        if self._terminal.wanted:
+            self._terminal.show(status.headline(data))
 
     def _end(self) -> None:
-        self._close_listeners()
+        self._port.release()
         self._forget_server()
+        if self._reload is not None:
+            self._reload.abandon()
         self._changed()
         self._control.close()
         self._log.close()
         self._selector.close()
-
-
-def _host(sock: socket.socket) -> str:
-    return str(sock.getsockname()[0])
-
-
-def _between_servers(beat: dict[str, Any]) -> dict[str, Any]:
-    """What stays true of the last beat when its server is gone: what lies on the disk."""
-    return {"kv_cache": beat["kv_cache"]} if "kv_cache" in beat else {}
-
-
-def _progress(message: dict[str, Any]) -> dict[str, int] | None:
-    done, total = message.get("done"), message.get("total")
-    if isinstance(done, int) and isinstance(total, int) and total > 0:
-        return {"done": min(max(done, 0), total), "total": total}
-    return None

@@ -1,52 +1,123 @@
-"""One server process: spawned in a session of its own, tied to us by a channel and an output pipe."""
+"""One server process: spawned in a session of its own, and everything it says."""
 
 import contextlib
 import os
+import selectors
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable
+from typing import Any
 
 from mlx_launcher import system
-from mlx_launcher.plan import Backend
+from mlx_launcher.plan import Plan
 from mlx_launcher.supervisor.channel import Channel
+from mlx_launcher.supervisor.plans import lends
+from mlx_launcher.supervisor.probe import Probe
 
+READ_BYTES = 65536
+# What a server that just ended may have left in its pipe (64 KiB, or 1 MiB where somebody enlarged it).
+LAST_READS = 16
 # How long the server of a killed supervisor may take: by itself, after SIGTERM, after SIGKILL.
 ORPHAN_S = (5.0, 5.0, 2.0)
 
 
 class Server:
-    """A running host. Raises OSError from the constructor when it cannot be started; nothing is left then."""
+    """A running server. `hear` gets its messages, `write` its output; both are called from the loop that owns `selector`.
 
-    def __init__(self, backend: Backend, listeners: list[socket.socket]) -> None:
+    A host of ours borrows the listeners and speaks by its channel. Any other server binds the port itself and is asked for a
+    token instead. Raises OSError or ValueError from the constructor when it cannot be started; nothing is left then.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        listeners: list[socket.socket],
+        selector: selectors.BaseSelector,
+        hear: Callable[[dict[str, Any]], None],
+        write: Callable[[bytes], None],
+    ) -> None:
+        self._selector, self._hear, self._write = selector, hear, write
+        self._channel: Channel | None = None
+        self._probe: Probe | None = None
+        if lends(plan):
+            self._spawn(plan, [], [])
+            settings = plan["backend"]["settings"]
+            self._probe = Probe(selector, plan["hosts"], plan["port"], settings, hear)
+        else:
+            self._spawn_host(plan, listeners)
+        self.pid = self._popen.pid
+        self.started = system.process_started(self.pid)
+        self.began = time.monotonic()
+        selector.register(self._output, selectors.EVENT_READ, self._on_output)
+
+    def _spawn_host(self, plan: Plan, listeners: list[socket.socket]) -> None:
         ours, theirs = socket.socketpair()
-        self.output, write_end = os.pipe()
         fds = [sock.fileno() for sock in listeners]
-        argv = [*backend["argv"], "--channel", str(theirs.fileno()), "--listen", ",".join(map(str, fds))]
+        arguments = ["--channel", str(theirs.fileno()), "--listen", ",".join(map(str, fds))]
+        try:
+            self._spawn(plan, arguments, [theirs.fileno(), *fds])
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._channel = Channel(ours)
+        self._selector.register(ours, selectors.EVENT_READ, self._on_channel)
+
+    def _spawn(self, plan: Plan, arguments: list[str], fds: list[int]) -> None:
+        backend = plan["backend"]
+        self._output, write_end = os.pipe()
         try:
             self._popen = subprocess.Popen(
-                argv,
+                [*backend["argv"], *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=write_end,
                 stderr=write_end,
-                pass_fds=[theirs.fileno(), *fds],
+                pass_fds=fds,
                 start_new_session=True,
                 cwd=backend["cwd"],
                 env={**os.environ, **backend["env"]},
             )
         except BaseException:
-            ours.close()
-            os.close(self.output)
+            os.close(self._output)
             raise
         finally:
-            theirs.close()
             os.close(write_end)
-        os.set_blocking(self.output, False)
-        self.channel = Channel(ours)
-        self.pid = self._popen.pid
-        self.started = system.process_started(self.pid)
-        self.began = time.monotonic()
+        os.set_blocking(self._output, False)
+
+    # -- what is asked about it and done to it
+
+    @property
+    def drains(self) -> bool:
+        """Whether it can be asked to finish what is in flight. Of any other server nobody knows what is."""
+        return self._channel is not None
+
+    @property
+    def dropped(self) -> int:
+        """How many of its messages were none."""
+        return self._channel.dropped if self._channel else 0
+
+    @property
+    def due(self) -> float | None:
+        """When `poll` has something to do."""
+        return self._probe.due if self._probe else None
+
+    def poll(self, now: float) -> None:
+        """To be called at `due` and after each round of events."""
+        if self._probe:
+            self._probe.poll(now)
+
+    def proved(self) -> None:
+        """It is ready: it need not be asked any more."""
+        if self._probe:
+            self._probe.close()
+            self._probe = None
+
+    def remembered(self) -> dict[str, Any]:
+        """What a later supervisor needs to find it, should this one be killed."""
+        return {"pid": self.pid, "started": self.started, "goes_by_itself": self.drains}
 
     def exit_code(self) -> int | None:
         """What waitpid says, negative for a signal; None while it runs."""
@@ -59,9 +130,71 @@ class Server:
         """Signals the whole group. Only while the leader has not been reaped or `group_left`: else the number may be reused."""
         signal_group(self.pid, number)
 
+    def send(self, message: dict[str, Any]) -> None:
+        if self._channel:
+            self._channel.send(message)
+            self._watch(self._channel)
+
+    def hear_last_words(self) -> None:
+        """What it said before it ended: a fault that it reported last counts."""
+        if self._channel and self._channel.sock in self._selector.get_map():
+            for _ in range(LAST_READS):
+                if self._channel.ended:
+                    break
+                self._receive(self._channel)
+
     def close(self) -> None:
-        self.channel.close()
-        os.close(self.output)
+        """Lets go of it, once its last output is written."""
+        self.proved()
+        for _ in range(LAST_READS):
+            if not self._pump():
+                break
+        if self._output in self._selector.get_map():
+            self._selector.unregister(self._output)
+        os.close(self._output)
+        if self._channel:
+            if self._channel.sock in self._selector.get_map():
+                self._selector.unregister(self._channel.sock)
+            self._channel.close()
+
+    # -- events
+
+    def _on_output(self, _mask: int) -> None:
+        if not self._pump():
+            self._selector.unregister(self._output)
+
+    def _pump(self) -> bool:
+        """One read of its output; False at the end."""
+        try:
+            data = os.read(self._output, READ_BYTES)
+        except BlockingIOError:
+            return True
+        if data:
+            self._write(data)
+        return bool(data)
+
+    def _on_channel(self, mask: int) -> None:
+        channel = self._channel
+        if channel is None:
+            return
+        if mask & selectors.EVENT_WRITE:
+            channel.flush()
+        if mask & selectors.EVENT_READ:
+            self._receive(channel)
+        self._watch(channel)
+
+    def _receive(self, channel: Channel) -> None:
+        for message in channel.receive():
+            self._hear(message)
+
+    def _watch(self, channel: Channel) -> None:
+        if channel.sock not in self._selector.get_map():
+            return
+        if channel.ended:
+            self._selector.unregister(channel.sock)
+            return
+        write = selectors.EVENT_WRITE if channel.wants_to_write else 0
+        self._selector.modify(channel.sock, selectors.EVENT_READ | write, self._on_channel)
 
 
 def signal_group(pgid: int, number: int) -> None:
@@ -71,26 +204,29 @@ def signal_group(pgid: int, number: int) -> None:
             os.killpg(pgid, signal.SIGCONT)
 
 
-def describe_exit(code: int) -> tuple[str, str | None]:
-    """What `exit_code` gave, in words, and the name of the signal if it was one."""
+def describe_exit(code: int) -> dict[str, Any]:
+    """What `exit_code` gave: its code or the name of its signal, and the reason in words."""
     if code >= 0:
-        return f"the server exited with code {code}", None
+        return {"code": code, "signal": None, "reason": f"the server exited with code {code}"}
     try:
         name = signal.Signals(-code).name
     except ValueError:
         name = f"signal {-code}"
-    return f"the server was ended by {name}", name
+    return {"code": None, "signal": name, "reason": f"the server was ended by {name}"}
 
 
-def end_orphan(pid: int, started: float | None, note: Callable[..., None]) -> None:
-    """Waits for the server of a killed supervisor, which goes by itself when its channel ends, then ends its group.
+def end_orphan(pid: int, started: float | None, goes_by_itself: bool, note: Callable[..., None]) -> None:
+    """Ends the group of a killed supervisor's server; a host goes by itself when its channel ends, and is waited for first.
 
     Only ever that very process: a reused pid has another start time and is left alone.
     """
     if pid <= 1 or not system.process_alive(pid, started):
+        if system.process_started(pid) is not None:
+            note("state_ignored", reason=f"pid {pid} is another process by now")
         return
     note("orphan", pid=pid)
-    for wait_s, then in zip(ORPHAN_S, (signal.SIGTERM, signal.SIGKILL, None), strict=True):
+    waits = ORPHAN_S if goes_by_itself else (0.0, *ORPHAN_S[1:])
+    for wait_s, then in zip(waits, (signal.SIGTERM, signal.SIGKILL, None), strict=True):
         deadline = time.monotonic() + wait_s
         while time.monotonic() < deadline:
             if not system.process_alive(pid, started):

@@ -8,7 +8,7 @@ import json
 import os
 from typing import Any, TypedDict
 
-from mlx_launcher.plan import Plan
+from mlx_launcher.plan import Plan, compared
 
 STATE_NAME = "state.json"
 SCHEMA = 1
@@ -36,12 +36,14 @@ class Seen(TypedDict):
     uptime_s: float
     rss_bytes: int | None
     server: ServerStatus | None
+    listener: str
+    reload: dict[str, Any] | None
     beat: dict[str, Any]
     events: list[dict[str, Any]]
 
 
 def build(plan: Plan, seen: Seen) -> dict[str, Any]:
-    """The `status` data of CLI.md, with `progress`, `events`, `notes`, `log_file`, `port` and `settings` beside it."""
+    """The `status` data of CLI.md, with `progress`, `reload`, `events`, `notes`, `log_file`, `port` and `settings` beside it."""
     beat = seen["beat"]
     backend = plan["backend"]["name"]
     return {
@@ -49,7 +51,7 @@ def build(plan: Plan, seen: Seen) -> dict[str, Any]:
         "phase": seen["phase"],
         "progress": seen["progress"],
         "url": plan["url"],
-        "listener": "owned",
+        "listener": seen["listener"],
         "draining": seen["draining"],
         "backend": backend,
         "configured_backend": backend,
@@ -60,21 +62,30 @@ def build(plan: Plan, seen: Seen) -> dict[str, Any]:
         "activity": {key: beat.get(key, 0.0 if key == "idle_s" else 0) for key in _ACTIVITY},
         "kv_cache": {**NO_KV_CACHE, **_as_dict(beat.get("kv_cache"))},
         "last_error": seen["last_error"],
+        "reload": seen["reload"],
         "notes": beat.get("notes", []),
         "events": seen["events"],
         "log_file": plan["log_file"],
         "port": plan["port"],
-        "settings": {
-            "model": plan["model"]["path"],
-            "backend": backend,
-            "port": plan["port"],
-            "hosts": plan["hosts"],
-        },
+        "settings": compared(plan),
     }
 
 
 def _as_dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def progress(message: dict[str, Any]) -> dict[str, int] | None:
+    """How many bytes of how many a host's phase says; None where it does not say."""
+    done, total = message.get("done"), message.get("total")
+    if isinstance(done, int) and isinstance(total, int) and total > 0:
+        return {"done": min(max(done, 0), total), "total": total}
+    return None
+
+
+def between_servers(beat: dict[str, Any]) -> dict[str, Any]:
+    """What stays true of the last beat when its server is gone: what lies on the disk."""
+    return {"kv_cache": beat["kv_cache"]} if "kv_cache" in beat else {}
 
 
 def headline(status: dict[str, Any]) -> str:
@@ -87,7 +98,7 @@ def headline(status: dict[str, Any]) -> str:
     if status["draining"]:
         return "stopping"
     if state == "failed" or (state == "restarting" and status["phase"] is None):
-        return f"{state}: {reason}"
+        return f"{state}: {reason}" if reason else state
     progress = status["progress"]
     if status["phase"] == "loading" and progress:
         return f"loading {progress['done'] * 10 // progress['total'] * 10} %"

@@ -21,6 +21,8 @@ from mlx_launcher.demo import build_random
 from mlx_launcher.supervisor import status as supervisor_status
 
 PORT = 18431
+STOPPING = {"pid": 7, "stop_timeout_s": 30.0}
+RELOAD = {"id": 1, "trigger": "restart", "state": "done", "reason": None, "hint": None, "exit": None, "changes": []}
 # docs of `status`: the keys that are always there, null or not.
 STATUS_KEYS = {
     "state": None,
@@ -68,6 +70,8 @@ class World:
             "uptime_s": 5.0,
             "rss_bytes": 12_000_000,
             "server": {"pid": 2, "uptime_s": 4.0, "rss_bytes": 10**9, "restarts": 0, "last_exit": None},
+            "listener": "owned",
+            "reload": None,
             "beat": {},
             "events": [],
         }
@@ -82,7 +86,7 @@ class World:
         listener = self._stack.enter_context(socket.socket(socket.AF_UNIX))
         listener.bind(os.path.relpath(instance / "control.sock"))
         listener.listen()
-        answer = self.status(port, **changes)
+        answers = {"status": self.status(port, **changes), "stop": STOPPING, "restart": {"reload_id": 1}}
 
         def serve() -> None:
             with contextlib.suppress(OSError):
@@ -90,9 +94,7 @@ class World:
                     client, _ = listener.accept()
                     with client, client.makefile("rwb") as stream:
                         do = json.loads(stream.readline())["do"]
-                        stream.write(
-                            json.dumps({"ok": True, "data": answer if do == "status" else {"pid": 7}}).encode()
-                        )
+                        stream.write(json.dumps({"ok": True, "data": answers[do]}).encode())
                         stream.write(b"\n")
                     if do == "stop":
                         listener.close()
@@ -119,7 +121,9 @@ def _wake(listener: socket.socket) -> None:
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.delenv("MLX_API_KEY", raising=False)
+    for name in ("MLX_API_KEY", "MLX_LAUNCH_CONFIG", "ANYCLAUDE_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # where there is no configuration
     monkeypatch.chdir(tmp_path)
     with contextlib.ExitStack() as stack:
         yield World(tmp_path, stack)
@@ -138,6 +142,18 @@ def ready(world: World) -> None:
 
 def loading(world: World) -> None:
     world.runs(state="starting", phase="loading", progress={"done": 1, "total": 2})
+
+
+def restarted(world: World) -> None:
+    world.runs(reload=RELOAD)
+
+
+def refused(world: World) -> None:
+    world.runs(reload={**RELOAD, "state": "refused", "reason": "no model", "hint": "Name one", "exit": 4})
+
+
+def reverted(world: World) -> None:
+    world.runs(reload={**RELOAD, "state": "reverted", "reason": "torn", "hint": "", "exit": 1})
 
 
 def two(world: World) -> None:
@@ -165,6 +181,11 @@ CASES: list[Case] = [
     (nothing, ["status", "--port", "9"], 3, ["not_running"]),
     (nothing, ["stop"], 0, []),
     (nothing, ["logs"], 3, ["not_running"]),
+    (nothing, ["restart"], 3, ["not_running"]),
+    (restarted, ["restart"], 0, []),
+    (refused, ["restart"], 4, ["refused"]),
+    (reverted, ["restart"], 1, ["reverted"]),
+    (two, ["restart"], 2, ["several"]),
     (nothing, ["bogus"], 2, ["usage"]),
     (nothing, [], 2, ["usage"]),
     (nothing, ["status", "--bogus"], 2, ["usage"]),
@@ -174,6 +195,16 @@ CASES: list[Case] = [
     (nothing, ["start", "--demo", "--model", "model"], 2, ["usage"]),
     (nothing, ["start", "--model", "model", "--timeout", "soon"], 2, ["usage"]),
     (nothing, ["start", "--model", "model", "--host", "example.org"], 2, ["usage"]),
+    (nothing, ["start", "--model", "model", "--mode", "nope"], 4, ["unknown_mode"]),
+    (nothing, ["start", "--model", "model", "--mode", "claude"], 1, ["nothing_to_start"]),
+    (nothing, ["plan"], 2, ["usage"]),
+    (nothing, ["config"], 2, ["usage"]),
+    (nothing, ["config", "path"], 1, ["no_config"]),
+    (nothing, ["config", "validate"], 1, ["no_config"]),
+    (nothing, ["config", "show"], 0, []),
+    (nothing, ["config", "show", "--mode", "nope"], 4, ["unknown_mode"]),
+    (nothing, ["config", "schema"], 0, []),
+    (nothing, ["config", "init", "model"], 1, ["file_exists"]),
     (nothing, ["start", "--model", "nowhere"], 1, ["model_not_found"]),
     (nothing, ["start", "--model", "."], 1, ["model_incomplete"]),
     (nothing, ["start", "--model", "model", "--host", "0.0.0.0"], 1, ["key_required"]),

@@ -25,6 +25,9 @@ arguments.add_argument(
     "--die", choices=("importing", "loading", "proving", "ready"), help="SIGKILL itself in that phase"
 )
 arguments.add_argument("--fault", help="report this fault instead of ready, and exit with 1")
+arguments.add_argument("--fault-if", help="report a fault if this file exists")
+arguments.add_argument("--silent", action="store_true", help="say nothing while loading")
+arguments.add_argument("--secret", help="is ignored")
 arguments.add_argument("--ignore-sigterm", action="store_true")
 arguments.add_argument("--ignore-channel", action="store_true", help="never read it, not even its end")
 arguments.add_argument(
@@ -76,12 +79,15 @@ def start_up() -> None:
     began = time.monotonic()
     phase("loading", 0)
     while (passed := time.monotonic() - began) < options.loading_s:
-        phase("loading", int(100 * passed / options.loading_s))
+        if not options.silent:
+            phase("loading", int(100 * passed / options.loading_s))
         time.sleep(0.02)
     if options.garbage:
         with write_lock:
             channel.sendall(b"x" * 100_000 + b"\nnot json\n[1]\n\xff\xfe\n{}\n" + b'{"type":"phase","phase":7}\n')
     phase("proving")
+    if options.fault_if and Path(options.fault_if).exists():
+        options.fault = "broken later"
     if options.fault:
         send(type="fault", reason=options.fault, hint="Look at it.")
         os._exit(1)

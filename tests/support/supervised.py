@@ -9,16 +9,72 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from mlx_launcher.supervisor import control
-from support.waiting import until
+from support.waiting import free_port, until
 
 ROOT = Path(__file__).parents[2]
 FAKE_HOST = ROOT / "tests" / "fakes" / "host.py"
+FAKE_SCRIPT = ROOT / "tests" / "fakes" / "script.py"
+Preexec = Callable[[], None] | None
+# What makes the next plan: prints a file, and exits as another one says.
+PLANNER = ["sh", "-c", 'echo planning >&2; cat "$0" && exit "$(cat "$0.exit")"']
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port()
+
+
+@pytest.fixture
+def instance(tmp_path: Path, port: int) -> Path:
+    return tmp_path / "state" / str(port)
+
+
+@pytest.fixture
+def launch(instance: Path, port: int) -> "Iterator[Callable[..., Launched]]":
+    """Starts a supervisor: `launch("--host-argument", …, plan_key=value, foreground=…)`. Kills what the test leaves."""
+    all_of_them: list[Launched] = []
+
+    def start(
+        *host_arguments: str, foreground: bool = False, report: bool = True, preexec: Preexec = None, **changes: Any
+    ) -> Launched:
+        plan = make_plan(Path(changes.pop("instance", instance)), changes.pop("port", port), *host_arguments, **changes)
+        all_of_them.append(Launched(plan, foreground, report, preexec))
+        return all_of_them[-1]
+
+    yield start
+    for launched in all_of_them:
+        launched.clean_up()
+
+
+def fake_host(*arguments: str) -> dict[str, Any]:
+    return {
+        "name": "mlx",
+        "kind": "host",
+        "argv": [sys.executable, "-S", str(FAKE_HOST), *arguments],
+        "env": {},
+        "cwd": None,
+        "settings": {"a": 1, "api_key": None},
+    }
+
+
+def fake_script(port: int, *arguments: str, api_key: str | None = None) -> dict[str, Any]:
+    """A backend that binds the port itself."""
+    return {
+        "name": "mine",
+        "kind": "script",
+        "argv": [sys.executable, str(FAKE_SCRIPT), "--port", str(port), *arguments],
+        "env": {"GREETING": "of the plan"},
+        "cwd": "/",
+        "settings": {"model_id": "fake", "names": ["fake"], "api_key": api_key},
+    }
 
 
 def make_plan(instance: Path, port: int, *host_arguments: str, **changes: Any) -> dict[str, Any]:
@@ -30,14 +86,7 @@ def make_plan(instance: Path, port: int, *host_arguments: str, **changes: Any) -
         "port": port,
         "url": f"http://127.0.0.1:{port}/v1",
         "model": {"id": "fake", "path": "/models/fake"},
-        "backend": {
-            "name": "mlx",
-            "kind": "host",
-            "argv": [sys.executable, "-S", str(FAKE_HOST), *host_arguments],
-            "env": {},
-            "cwd": None,
-            "settings": {"a": 1},
-        },
+        "backend": fake_host(*host_arguments),
         "fallback": None,
         "stop_timeout_s": 5.0,
         "hang_timeout_s": 120.0,
@@ -46,7 +95,12 @@ def make_plan(instance: Path, port: int, *host_arguments: str, **changes: Any) -
         "restart": {**restart, **changes.pop("restart", {})},
         "log_file": str(instance / "server.log"),
         "log_max_bytes": 1 << 20,
-        "source": {"argv": [], "cwd": "/", "env": {}},
+        "source": {
+            "argv": [*PLANNER, f"{instance}.next"],
+            "cwd": "/",
+            "env": {"PATH": os.environ["PATH"]},
+        },
+        "notes": [],
         **changes,
     }
 
@@ -54,7 +108,9 @@ def make_plan(instance: Path, port: int, *host_arguments: str, **changes: Any) -
 class Launched:
     """One supervisor process. `report` is what it said on its report descriptor, None with `foreground`."""
 
-    def __init__(self, plan: dict[str, Any], foreground: bool = False, report: bool = True) -> None:
+    def __init__(
+        self, plan: dict[str, Any], foreground: bool = False, report: bool = True, preexec: Preexec = None
+    ) -> None:
         self.plan = plan
         self.port: int = plan["port"]
         self.instance = Path(plan["instance"])
@@ -72,6 +128,7 @@ class Launched:
                 stderr=subprocess.PIPE,
                 env={**os.environ, "PYTHONPATH": str(ROOT)},
                 start_new_session=True,
+                preexec_fn=preexec,
             )
         os.close(write_end)
         with os.fdopen(read_end) as reports:
@@ -111,6 +168,31 @@ class Launched:
         control.call(str(self.instance), request)
         return self.process.wait(15)
 
+    def plan_next(self, **changes: Any) -> None:
+        """What the configuration says from here on."""
+        self.say_next({"schema": 1, "command": "plan", "ok": True, "data": {**self.plan, **changes}, "errors": []})
+
+    def refuse_next(self, message: str, hint: str, exit_code: int) -> None:
+        errors = [{"code": "config", "message": message, "hint": hint}]
+        self.say_next({"schema": 1, "command": "plan", "ok": False, "data": {}, "errors": errors}, exit_code)
+
+    def say_next(self, envelope: Any, exit_code: int = 0) -> None:
+        file = Path(f"{self.instance}.next")
+        file.write_text(envelope if isinstance(envelope, str) else json.dumps(envelope))
+        Path(f"{file}.exit").write_text(str(exit_code))
+
+    def restart(self) -> dict[str, Any]:
+        """The outcome of a restart, once there is one."""
+        number = control.call(str(self.instance), {"do": "restart"})["data"]["reload_id"]
+        return self.until_reloaded(number)
+
+    def until_reloaded(self, number: int) -> dict[str, Any]:
+        def outcome() -> Any:
+            reload = self.status()["reload"]
+            return reload and reload["id"] == number and reload["state"] not in ("planning", "switching") and reload
+
+        return dict(until(outcome, 15.0, f"the outcome of reload {number}"))
+
     def state_file(self) -> dict[str, Any]:
         return dict(json.loads((self.instance / "state.json").read_text()))
 
@@ -135,8 +217,8 @@ class Launched:
             self.process.kill()
         self.process.wait(5)
         for stream in (self.process.stdout, self.process.stderr):
-            assert stream is not None
-            stream.close()
+            if stream is not None:
+                stream.close()
         with contextlib.suppress(OSError):
             for pid in self.server_pids():
                 with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -82,12 +82,12 @@ def test_a_relative_log_file_is_too(model: Path, tmp_path: Path) -> None:
     ],
 )
 def test_the_short_name_is_mlx_textgens(path: str, short: str) -> None:
-    assert short in served_names("id", path)
+    assert short in served_names(["id"], path)
 
 
 def test_names_are_distinct_and_never_empty() -> None:
-    assert served_names("/m/bitnet", "/m/bitnet") == ["/m/bitnet", "bitnet"]
-    assert served_names("demo", "/m/demo") == ["demo", "/m/demo"]
+    assert served_names(["/m/bitnet"], "/m/bitnet") == ["/m/bitnet", "bitnet"]
+    assert served_names(["demo"], "/m/demo") == ["demo", "/m/demo"]
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,13 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.unprivileged import drop_capabilities
 
 from mlx_launcher.supervisor.channel import MAX_LINE, Channel
 from mlx_launcher.supervisor.journal import TAIL, Journal, RotatingFile
@@ -44,13 +47,16 @@ def test_a_file_that_someone_emptied_goes_on(tmp_path: Path) -> None:
     assert sizes(path) == [6]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_directory_that_is_not_writable(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    file = RotatingFile(str(tmp_path / "log"), 100)
-    file.write(b"lost")
-    assert file.error == "Permission denied"
+    code = "import sys; from mlx_launcher.supervisor.journal import RotatingFile; "
+    code += "file = RotatingFile(sys.argv[1], 100); file.write(b'lost'); print(file.error)"
+    said = subprocess.check_output(
+        [sys.executable, "-c", code, str(tmp_path / "log")], text=True, preexec_fn=drop_capabilities
+    )
+    assert said == "Permission denied\n"
     tmp_path.chmod(0o700)
+    file = RotatingFile(str(tmp_path / "log"), 100)
     file.write(b"kept")
     assert file.error is None
 

@@ -19,7 +19,10 @@ def entry_file(tokens: Sequence[int], trimmable: bool) -> bytes:
 
 
 def writer(tokens: Sequence[int], trimmable: bool = True) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(entry_file(tokens, trimmable)) and None
+    def write(path: Path) -> None:
+        path.write_bytes(entry_file(tokens, trimmable))
+
+    return write
 
 
 @pytest.fixture

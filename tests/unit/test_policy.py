@@ -4,6 +4,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from support.policies import RULES, crash, dos, policy_at_work, spawned, until_due
 
 from mlx_launcher.supervisor.policy import (
     FAULT_EXIT_S,
@@ -15,46 +16,12 @@ from mlx_launcher.supervisor.policy import (
     Rules,
 )
 
-RULES = Rules(max_restarts=3, window_s=300.0, backoff_s=0.5, backoff_max_s=30.0, stop_timeout_s=30.0)
-
-
-def dos(decisions: list[Decision]) -> list[str]:
-    return [d.do for d in decisions]
-
-
-def spawned(policy: Policy, now: float = 0.0) -> None:
-    assert dos(policy.begin(now) + policy.tick(now)) == ["spawn"]
-    policy.spawned()
-
-
-def until_due(policy: Policy) -> float:
-    assert policy.deadline is not None
-    return policy.deadline
-
-
-def crash(policy: Policy, now: float) -> float:
-    """One crash, and the next start when it is due; the delay."""
-    decisions = policy.exited(now, "died", left=False)
-    if policy.finished:
-        assert dos(decisions) == ["finish"]
-        return -1.0
-    due = until_due(policy)
-    assert dos(policy.tick(due)) == ["spawn"]
-    policy.spawned()
-    return due - now
-
-
-def policy_at_work(rules: Rules = RULES, jitter: float = 0.0) -> Policy:
-    policy = Policy(rules, lambda: jitter)
-    spawned(policy)
-    return policy
-
 
 def test_is_ready_only_after_ready() -> None:
     policy = policy_at_work()
     seen = []
     for phase in ("importing", "loading", "proving"):
-        policy.progressed(phase)
+        policy.progressed(0.0, phase)
         seen.append((policy.state, policy.phase))
     policy.ready(1.0)
     seen.append((policy.state, policy.phase))
@@ -198,7 +165,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rules_ = Rules(3, 20.0, 0.5, 4.0, 3.0)
+        self.rules_ = Rules(3, 20.0, 0.5, 4.0, 3.0, 10.0)
         self.policy = Policy(self.rules_, lambda: self.jitter)
         self.jitter = 0.0
         self.now = 0.0
@@ -207,6 +174,8 @@ class AnyOrder(RuleBasedStateMachine):
         self.killed = False
         self.spawns: list[float] = []
         self.stop_asked: float | None = None
+        self.trials = self.outcomes = 0
+        self.on_trial = False
         self.take(self.policy.begin(self.now))
 
     def take(self, decisions: list[Decision]) -> None:
@@ -217,8 +186,15 @@ class AnyOrder(RuleBasedStateMachine):
                 assert not self.left or self.killed, "a server beside the rest of the last one"
                 assert self.stop_asked is None, "a start after a stop"
                 self.alive, self.left, self.killed = True, False, False
+                if self.policy.trial and not self.on_trial:
+                    self.spawns.clear()
+                self.on_trial = bool(self.policy.trial)
                 self.spawns.append(self.now)
-                self.policy.spawned()
+                self.policy.spawned(self.now)
+            if do in ("adopt", "revert"):
+                self.outcomes += 1
+            if do == "revert":
+                self.spawns.clear()  # another plan has a budget of its own
             # What outlives a SIGKILL after its leader is at last given up: zombies that nobody reaps.
             self.killed |= do == "kill"
 
@@ -239,7 +215,7 @@ class AnyOrder(RuleBasedStateMachine):
         elif kind == "fault":
             self.take(self.policy.fault(self.now, "fault"))
         else:
-            self.take(self.policy.progressed(kind))
+            self.take(self.policy.progressed(self.now, kind))
 
     @precondition(lambda self: self.alive)
     @rule(left=st.booleans())
@@ -259,6 +235,13 @@ class AnyOrder(RuleBasedStateMachine):
             assert until_due(self.policy) - self.now <= self.rules_.backoff_max_s * (1 + JITTER)
 
     @rule(drain_s=st.sampled_from([0.0, 1.0, 10.0]))
+    def switch(self, drain_s: float) -> None:
+        if not (self.policy.finished or self.policy.trial or self.policy.draining):
+            self.trials += 1
+            self.take(self.policy.switch(self.now, drain_s, self.rules_))
+            assert self.policy.trial
+
+    @rule(drain_s=st.sampled_from([0.0, 1.0, 10.0]))
     def stop(self, drain_s: float) -> None:
         if not self.policy.finished:
             if self.stop_asked is None:
@@ -274,6 +257,11 @@ class AnyOrder(RuleBasedStateMachine):
     def restarts_stay_within_the_budget(self) -> None:
         window = [at for at in self.spawns if at > self.now - self.rules_.window_s]
         assert len(window) <= self.rules_.max_restarts + 1
+
+    @invariant()
+    def each_trial_has_one_outcome(self) -> None:
+        under_way = self.policy.trial is not None or self.stop_asked is not None or self.policy.finished
+        assert self.trials - self.outcomes == 0 or (under_way and self.trials - self.outcomes == 1)
 
     @invariant()
     def something_is_always_due_or_alive(self) -> None:

@@ -1,0 +1,33 @@
+"""Everything that is wrong with a configuration: the file itself, and what it names on this machine."""
+
+from collections.abc import Mapping
+
+from mlx_launcher.backends.models import require_model
+from mlx_launcher.backends.which import which
+from mlx_launcher.config.check import check_all
+from mlx_launcher.config.document import Document
+from mlx_launcher.config.layers import Flags, settle
+from mlx_launcher.config.problems import Problem, error, warning
+from mlx_launcher.errors import EXIT_CONFIG, LaunchError
+
+
+def review(flags: Flags, environment: Mapping[str, str], document: Document, cwd: str) -> list[Problem]:
+    """All problems of the file; where it has no errors, also what the chosen backend lacks on this machine.
+
+    Downloads nothing and starts nothing.
+    """
+    problems = check_all(document)
+    if any(problem.severity == "error" for problem in problems) and not flags.mode:
+        return problems
+    try:
+        settings = settle(flags, environment, document)
+        kind = which(settings, cwd)
+        require_model(settings, cwd, environment, anything=kind.name != "textgen")
+    except LaunchError as failure:
+        # A backend that needs no server, or a model that is not here yet, is nothing that is wrong with the file.
+        severe = failure.exit_code == EXIT_CONFIG
+        message = failure.message.removeprefix(f"{document.file} ")
+        found = (error if severe else warning)((), message, failure.hint)
+        if not any(problem.message in failure.message for problem in problems):
+            problems.append(found)
+    return problems

@@ -1,0 +1,126 @@
+"""`mlx-launch config`: what is in force and where it came from, what is wrong with it, and a first file."""
+
+import importlib
+import json
+import os
+from typing import Any
+
+import click
+
+from mlx_launcher.cli.configured import current_directory, document_in_force, file_in_force
+from mlx_launcher.cli.options import json_option, server_options
+from mlx_launcher.cli.output import App, Result
+from mlx_launcher.config import document
+from mlx_launcher.config.layers import Flags, Settings, settle
+from mlx_launcher.errors import EXIT_CONFIG, EXIT_FAILED, LaunchError
+
+_COMMANDS = {
+    "show": "Show the values in force.",
+    "validate": "Check the whole file and list everything that is wrong with it.",
+    "init": "Write a configuration file that anyclaude and mlx-launch both work with.",
+    "schema": "Print the JSON Schema of the file, for editors.",
+    "path": "Print which file is in force.",
+}
+
+
+class _Commands(click.Group):
+    """`init` alone is in a module of its own."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name == "init":
+            command = importlib.import_module("mlx_launcher.cli.config_init").command
+            assert isinstance(command, click.Command)  # noqa: S101
+            return command
+        return super().get_command(ctx, cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group("config", cls=_Commands, no_args_is_help=False)
+def command() -> None:
+    """Show, check or write the configuration file."""
+
+
+@command.command("show")
+@server_options
+@click.option("--origin", is_flag=True, help="Say where each value comes from.")
+@json_option
+@click.pass_obj
+def show(app: App, /, origin: bool, **server: Any) -> Result:
+    """Show the values in force for the backend that would be started. Keys are masked.
+
+    It takes the options of `start`, and shows what they would make of it.
+    """
+    from mlx_launcher.config.show import rows
+
+    settings = settle(Flags(**server), os.environ, document_in_force(app))
+    values = rows(settings)
+    width = max(map(len, values))
+    lines = []
+    for key, row in values.items():
+        value = row["value"] if isinstance(row["value"], str) else json.dumps(row["value"], ensure_ascii=False)
+        lines.append(f"{key:{width}}  {value}" + (f"  ({row['origin']})" if origin else ""))
+    lines += [f"note: {note}" for note in settings.notes]
+    return Result(_data(settings, {"values": values, "notes": settings.notes}), lines)
+
+
+@command.command("validate")
+@click.option("--mode", metavar="NAME", help="The backend that is to be started. [default: the file's own]")
+@json_option
+@click.pass_obj
+def validate(app: App, mode: str | None) -> Result:
+    """Check the whole file, also what is not used, and list everything that is wrong with it."""
+    from mlx_launcher.backends.review import review
+
+    read = document_in_force(app)
+    if read.file is None:
+        raise _no_file()
+    problems = review(Flags(mode=mode), os.environ, read, current_directory())
+    errors = [problem for problem in problems if problem.severity == "error"]
+    lines = [f"{problem.severity}: {read.file}: {problem.line}" for problem in problems]
+    if not problems:
+        lines = [f"{read.file}: nothing is wrong."]
+    data = {"file": str(read.file), "problems": [problem.as_json(read.file) for problem in problems]}
+    error = None
+    if errors:
+        what = f"{read.file}: {len(errors)} error{'s'[: len(errors) > 1]}, the first: {errors[0].key}"
+        error = LaunchError("config_invalid", f"{what}: {errors[0].message}", errors[0].hint, EXIT_CONFIG)
+    return Result(data, lines, error)
+
+
+@command.command("schema")
+@json_option
+def schema() -> Result:
+    """Print the JSON Schema of the configuration file, for editors and other programs."""
+    from mlx_launcher.config.schema import json_schema
+
+    found = json_schema()
+    return Result(found, [json.dumps(found, indent=2)])
+
+
+@command.command("path")
+@json_option
+@click.pass_obj
+def path(app: App) -> Result:
+    """Print which file is in force; exits with 1 where there is none."""
+    file = file_in_force(app)
+    if file is None:
+        raise _no_file()
+    return Result({"file": str(file)}, [str(file)])
+
+
+def _no_file() -> LaunchError:
+    homes = [home] if (home := document.home_directory()) else []
+    places = " or ".join(dict.fromkeys([current_directory(), *map(str, homes)]))
+    what = f"there is no configuration file: no {', '.join(document.NAMES)} in {places}"
+    return LaunchError("no_config", what, "Write one with mlx-launch config init", EXIT_FAILED)
+
+
+def _data(settings: Settings, more: dict[str, Any]) -> dict[str, Any]:
+    file = settings.document.file
+    return {"file": str(file) if file else None, "mode": settings.asked.value, "backend": settings.block, **more}

@@ -1,0 +1,133 @@
+"""A first configuration file: written whole or not at all, over nothing that was there before."""
+
+import json
+import os
+import re
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from mlx_launcher.config import shipped
+from mlx_launcher.errors import LaunchError
+
+SCRIPT_NAME = "mlx-textgen-server.sh"
+# anyclaude puts the script's path into a shell command as it is.
+_SAFE_PATH = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
+_STARTUP_TIMEOUT_MS = 120_000
+
+
+def refuse_existing(target: Path, force: bool) -> None:
+    """LaunchError `file_exists` when something would be overwritten without `force`."""
+    if target.is_dir():
+        raise LaunchError("file_exists", f"{target} is a directory", "Name a file")
+    if os.path.lexists(target) and not force:
+        what = f"{target} is there already, and nothing was written"
+        raise LaunchError("file_exists", what, "Name another file, or replace it with --force: a copy is kept")
+
+
+def install_script(state_dir: Path, state_dir_given: bool) -> Path:
+    """Our server script, with this interpreter written into it, at a path that anyclaude's shell command can hold.
+
+    In the state directory, or else beside this installation. LaunchError `no_safe_path` when both have spaces or the like.
+    """
+    text = shipped.read_text("scripts", SCRIPT_NAME)
+    text = text.replace('python=""', f"python={shlex.quote(sys.executable)}", 1)
+    if state_dir_given:
+        text = text.replace('state_dir=""', f"state_dir={shlex.quote(os.fspath(state_dir))}", 1)
+    places = [state_dir / "bin", Path(sys.prefix) / "share" / "mlx-launch"]
+    safe = [place for place in places if _SAFE_PATH.fullmatch(os.fspath(place))]
+    if not safe:
+        what = f"anyclaude needs a path without spaces for its server script, and neither {places[0]} nor {places[1]} is one"
+        raise LaunchError("no_safe_path", what, "Give another state directory with --state-dir")
+    script = safe[0] / SCRIPT_NAME
+    try:
+        script.parent.mkdir(parents=True, exist_ok=True)
+        _replace(script, text, 0o755)
+    except OSError as error:
+        what = f"the server script cannot be written to {script}: {error.strerror or error}"
+        raise LaunchError("not_written", what, "Make room there, or give another --state-dir") from None
+    return script
+
+
+def content(model_path: str, port: int, script: Path) -> str:
+    """The file: what anyclaude at its mode `mlx` and mlx-launch both need, and nothing else."""
+    block = {
+        "enabled": True,
+        "port": port,
+        "baseUrl": f"http://localhost:{port}/v1",
+        "apiKey": "mlx",
+        "model": os.path.basename(model_path),  # noqa: PTH119
+        "modelPath": model_path,
+        "serverScript": os.fspath(script),
+        "startupTimeout": _STARTUP_TIMEOUT_MS,
+        "description": "mlx-textgen, started and watched by mlx-launch",
+    }
+    whole = {
+        "// written by": "mlx-launch config init; all keys: mlx-launch config schema",
+        "backend": "mlx",
+        "pythonVenv": sys.prefix,
+        "backends": {"mlx": block},
+    }
+    return json.dumps(whole, indent=2) + "\n"
+
+
+def write(target: Path, text: str, force: bool) -> Path | None:
+    """Puts the text at `target`, atomically; returns where what was there before is kept. LaunchError `not_written`."""
+    refuse_existing(target, force)
+    real = Path(os.path.realpath(target))  # a link stays one
+    backup = None
+    try:
+        if real.exists():
+            stamp = time.strftime("%Y-%m-%dT%H-%M-%S")
+            backup = _keep(real, real.with_name(f"{real.name}.{stamp}"))
+        _replace(real, text, 0o600)
+    except OSError as error:
+        what = f"{target} cannot be written: {error.strerror or error}"
+        raise LaunchError("not_written", what, "Name another file") from None
+    return backup
+
+
+def what_anyclaude_misses(target: Path, model_path: str) -> list[str]:
+    """What keeps anyclaude from starting the server with this file, though mlx-launch can."""
+    notes = []
+    if target.name != ".anyclauderc.json":
+        notes.append("anyclaude reads only .anyclauderc.json in the directory that it is started in")
+    if not Path(sys.prefix, "bin", "activate").is_file():
+        what = f"anyclaude wants {sys.prefix}/bin/activate, which is not there"
+        notes.append(f"{what}: install mlx-launcher in a virtual environment (python3 -m venv)")
+    if any(sign in model_path for sign in '"$`\\'):
+        notes.append(f"anyclaude cannot pass on the model's path {model_path}: rename it without quotes, $, ` and \\")
+    return notes
+
+
+def _keep(file: Path, name: Path) -> Path:
+    """A copy under a name of its own, complete before the original is touched."""
+    data, mode = file.read_bytes(), file.stat().st_mode & 0o777
+    for number in range(100):
+        copy = name.with_name(f"{name.name}{f'-{number}' if number else ''}.bak")
+        try:
+            descriptor = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        except FileExistsError:
+            continue
+        with os.fdopen(descriptor, "wb") as opened:
+            opened.write(data)
+            opened.flush()
+            os.fsync(descriptor)
+        return copy
+    raise FileExistsError(f"{name} and a hundred more are there")
+
+
+def _replace(file: Path, text: str, mode: int) -> None:
+    descriptor, fresh = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as opened:
+            opened.write(text)
+            opened.flush()
+            os.fchmod(descriptor, mode)
+            os.fsync(descriptor)
+        os.replace(fresh, file)  # noqa: PTH105
+    except BaseException:
+        Path(fresh).unlink(missing_ok=True)
+        raise
