@@ -2,7 +2,8 @@
 # mlx-launch built-in: textgen
 #
 # anyclaude's serverScript: bash mlx-textgen-server.sh MODEL PORT LOG
-# Serves MODEL on PORT with mlx-textgen, supervised by mlx-launch, until it is told to stop.
+# Serves MODEL on PORT with mlx-textgen, supervised by mlx-launch, until anyclaude is gone, however it goes.
+# Nothing is written to LOG: anyclaude appends there what is printed here.
 # `mlx-launch config init` installs a copy that knows its interpreter.
 
 python=""
@@ -26,4 +27,4 @@ if [ ! -x "$python" ]; then
 fi
 
 # -P: the directory that anyclaude was started in may hold a json.py.
-exec "$python" -P -m mlx_launcher ${state_dir:+--state-dir="$state_dir"} run --model="$1" --port="$2"
+exec "$python" -P -m mlx_launcher ${state_dir:+--state-dir="$state_dir"} run --with-caller --model="$1" --port="$2"

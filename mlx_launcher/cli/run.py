@@ -2,24 +2,31 @@
 
 import os
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import click
 
+from mlx_launcher.cli.instances import ask
+from mlx_launcher.cli.joining import join
 from mlx_launcher.cli.launch import SUPERVISOR, make_plan, plan_file, show_notes, supervisor_environment
 from mlx_launcher.cli.options import json_option, log_file_option, server_options
 from mlx_launcher.cli.output import App, Result
 from mlx_launcher.cli.progress import Progress
 from mlx_launcher.config.layers import Flags
 from mlx_launcher.errors import EXIT_USAGE, LaunchError
+from mlx_launcher.plan import Plan
 
 
 @click.command("run")
 @server_options
 @log_file_option
+@click.option(
+    "--with-caller", is_flag=True, help="End when whoever started this is gone, as anyclaude's serverScript has to."
+)
 @json_option
 @click.pass_obj
-def command(app: App, /, **server: Any) -> Result:
+def command(app: App, /, with_caller: bool, **server: Any) -> Result:
     """Run a server in the foreground until Ctrl-C or a signal stops it.
 
     This is what a service manager starts. `mlx-launch start` does the same in the background.
@@ -30,7 +37,25 @@ def command(app: App, /, **server: Any) -> Result:
     with Progress(sys.stdout, quiet=False) as progress:
         plan = make_plan(app, Flags(**server), progress.show)
     show_notes(app, plan)
+    if with_caller and (running := _running(plan)):
+        join(Path(plan["instance"]), running, plan["model"]["path"])
+        return Result({}, [])
+    return _become_supervisor(plan, "--with-caller" if with_caller else "--foreground")
+
+
+def _become_supervisor(plan: Plan, manner: str) -> NoReturn:
     file = plan_file(plan)
     os.set_inheritable(file.fileno(), True)
-    argv = [*SUPERVISOR, "--plan-fd", str(file.fileno()), "--foreground"]
+    argv = [*SUPERVISOR, "--plan-fd", str(file.fileno()), manner]
     os.execve(argv[0], argv, supervisor_environment())  # noqa: S606
+
+
+def _running(plan: Plan) -> dict[str, Any] | None:
+    """The status of a supervisor that has the plan's port already, unless it is about to end."""
+    try:
+        status = ask(Path(plan["instance"]), {"do": "status"})
+    except LaunchError as error:
+        if error.code == "not_running":
+            return None
+        raise
+    return None if status["draining"] and status["reload"] is None else status

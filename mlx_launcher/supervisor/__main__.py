@@ -1,4 +1,4 @@
-"""`python -m mlx_launcher.supervisor --plan-fd N [--report-fd N] [--foreground]`: from a plan to a running loop."""
+"""`python -m mlx_launcher.supervisor --plan-fd N [--report-fd N] [--foreground | --with-caller]`: from plan to loop."""
 
 # No pathlib: it costs 1 MiB in a process that lives for weeks.
 # ruff: noqa: PTH101, PTH103, PTH118, PTH120, PTH123
@@ -21,6 +21,7 @@ from mlx_launcher.supervisor.journal import Journal
 from mlx_launcher.supervisor.listener import Port
 from mlx_launcher.supervisor.loop import Supervisor
 from mlx_launcher.supervisor.process import end_orphan
+from mlx_launcher.supervisor.terminal import Terminal
 
 # A command that looks whether the lock is free holds it for a moment.
 LOCK_S = 0.3
@@ -30,6 +31,7 @@ class Arguments(NamedTuple):
     plan_fd: int
     report_fd: int | None
     foreground: bool
+    with_caller: bool
 
 
 def main(argv: list[str]) -> int:
@@ -49,21 +51,22 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> Arguments:
-    """Three flags do not need argparse, which costs most of a megabyte."""
+    """A few flags do not need argparse, which costs most of a megabyte."""
     rest = list(argv)
     numbers: dict[str, int] = {}
-    foreground = False
+    switches: set[str] = set()
     while rest:
         flag = rest.pop(0)
-        if flag == "--foreground":
-            foreground = True
+        if flag in ("--foreground", "--with-caller"):
+            switches.add(flag)
         elif flag in ("--plan-fd", "--report-fd") and rest:
             numbers[flag] = int(rest.pop(0))
         else:
             raise ValueError(flag)
     if "--plan-fd" not in numbers:
         raise ValueError("--plan-fd")
-    return Arguments(numbers["--plan-fd"], numbers.get("--report-fd"), foreground)
+    with_caller = "--with-caller" in switches
+    return Arguments(numbers["--plan-fd"], numbers.get("--report-fd"), with_caller or bool(switches), with_caller)
 
 
 def _catch_signals() -> socket.socket:
@@ -88,7 +91,7 @@ def _prepare(arguments: Arguments, wake: socket.socket) -> Supervisor:
     port = Port(plan["hosts"], plan["port"], journal.note)
     port.own()
     try:
-        return Supervisor(plan, port, journal, wake, arguments.foreground)
+        return Supervisor(plan, port, journal, wake, Terminal(arguments.foreground, arguments.with_caller))
     except OSError as error:
         raise _state_error(plan["instance"], error) from error
 

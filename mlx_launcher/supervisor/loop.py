@@ -38,14 +38,14 @@ class Supervisor:
     read end of what `signal.set_wakeup_fd` feeds. The constructor raises OSError without a control socket.
     """
 
-    def __init__(self, plan: Plan, port: Port, journal: Journal, wake: socket.socket, foreground: bool) -> None:
+    def __init__(self, plan: Plan, port: Port, journal: Journal, wake: socket.socket, terminal: Terminal) -> None:
         self._plan = self._good_plan = plan
         self._next_plan: Plan | None = None  # takes its place when the server has ended
         self._reload: Reload | None = None
         self._reload_again = False  # somebody asked while one was under way
         self._port = port
         self._journal = journal
-        self._terminal = Terminal(foreground)
+        self._terminal = terminal
         self._policy = Policy(plans.rules(plan), random.random)
         self._log = RotatingFile(plan["log_file"], plan["log_max_bytes"])
         self._server: Server | None = None
@@ -114,6 +114,11 @@ class Supervisor:
             self._on_planned(self._reload, outcome)
         if self._server is not None:
             self._server.poll(self._now)
+        if self._terminal.caller_is_gone() and not self._policy.draining:
+            self._journal.note("caller_gone")
+            self._stop(0.0, "the caller's end")
+        if self._policy.state == "starting":
+            self._terminal.advise(self._now)
         self._apply(self._policy.tick(self._now))
 
     # -- signals and requests
@@ -384,6 +389,8 @@ class Supervisor:
         if self._reload is not None:
             self._reload.abandon()
         self._changed()
+        if self._policy.state == "failed":
+            self._terminal.show_log(self._plan["log_file"])
         self._control.close()
         self._log.close()
         self._selector.close()

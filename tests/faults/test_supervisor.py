@@ -23,6 +23,7 @@ from mlx_launcher.demo import build_demo
 from mlx_launcher.supervisor import control, loop
 from mlx_launcher.supervisor.journal import Journal
 from mlx_launcher.supervisor.listener import Port
+from mlx_launcher.supervisor.terminal import Terminal
 
 Launch = Callable[..., Launched]
 
@@ -255,7 +256,7 @@ def test_27_a_clock_that_jumps_moves_no_deadline(launch: Launch, port: int, monk
     monkeypatch.setattr(loop, "time", clock)
     wake, _feed = socket.socketpair()
     plan: Any = launched.plan
-    supervisor = loop.Supervisor(plan, Port([], port, print), Journal("journal.jsonl"), wake, foreground=False)
+    supervisor = loop.Supervisor(plan, Port([], port, print), Journal("journal.jsonl"), wake, Terminal(False))
 
     def look(jump: float) -> float:
         before = supervisor._now
