@@ -139,7 +139,11 @@ def test_a_hang_up_of_the_output_alone_is_enough(launcher: Launcher, model: Path
     command = f'bash {SCRIPTS / "mlx-textgen-server.sh"} "{model}" {launcher.port} /dev/null 2>&1; true'
     environment = {**os.environ, "MLX_LAUNCH_STATE_DIR": str(launcher.state_dir), "VIRTUAL_ENV": sys.prefix}
     bash = subprocess.Popen(
-        ["bash", "-c", command], stdin=subprocess.DEVNULL, stdout=theirs, env=environment, start_new_session=True
+        ["bash", "-c", command],
+        stdin=subprocess.DEVNULL,
+        stdout=theirs.fileno(),
+        env=environment,
+        start_new_session=True,
     )
     theirs.close()
     said = bytearray()
