@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: start stop test lint types unit clean
+.PHONY: start stop test test-faults soak lint types clean
 
 start: $(READY)
 	@$(BIN)/mlx-launch start --demo
@@ -23,6 +23,12 @@ lint: $(READY)
 types: $(READY)
 	@echo "== types"
 	@$(BIN)/mypy
+
+soak: $(READY)
+	@$(BIN)/python tests/soak.py --minutes $(or $(MINUTES),10)
+
+test-faults: $(READY)
+	@$(BIN)/python -m pytest tests/faults tests/unit/test_policy.py
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
