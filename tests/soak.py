@@ -202,9 +202,8 @@ def phase(
     print(f"\n{title}: {minutes:g} min, seed {seed}")
     print(f"  clients   {dict(load.seen)}")
     print(f"  faults    {dict(faults.done)}")
-    print(
-        f"  server    {len(exits)} ends, each with a reason: {all(event.get('reason') for event in exits)}; state {status['state']}"
-    )
+    reasons = all(event.get("reason") for event in exits)
+    print(f"  server    {len(exits)} ends, each with a reason: {reasons}; state {status['state']}")
     print(f"  left over {len(left)} processes; KV cache entries set aside: {torn}")
     print(f"  supervisor fds {before[0]} -> {after[0]}, threads {before[1]} -> {after[1]}, "
           f"memory {before[2] / 2**20:.1f} -> {after[2] / 2**20:.1f} MiB")  # fmt: skip
