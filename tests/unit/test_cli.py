@@ -62,10 +62,10 @@ HELP_IMPORTS = {
     "mlx_launcher.cli.output",
     "mlx_launcher.config",
     "mlx_launcher.config.defaults",
-    "mlx_launcher.config.paths",
     "mlx_launcher.errors",
 }
 STATUS_IMPORTS = HELP_IMPORTS | {
+    "mlx_launcher.config.paths",
     "mlx_launcher.cli.instances",
     "mlx_launcher.cli.options",
     "mlx_launcher.cli.screen",

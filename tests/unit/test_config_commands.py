@@ -228,7 +228,7 @@ def test_the_script_hands_over_to_run(installed: bool, tmp_path: Path) -> None:
     line = f'bash {script} "-my \'model" 8081 "/log file" 2>&1'
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment, timeout=30)
     state = [f"--state-dir={tmp_path / 'state'}"] if installed else []
-    expected = ["-P", "-m", "mlx_launcher", *state, "run", "--model=-my 'model", "--port=8081"]
+    expected = ["-P", "-m", "mlx_launcher", *state, "run", "--with-caller", "--model=-my 'model", "--port=8081"]
     assert done.stdout.splitlines() == expected
 
 
