@@ -62,6 +62,7 @@ class Plan(TypedDict):
     hang_timeout_s: float
     freeze_timeout_s: float
     idle_timeout_s: float
+    memory_limit_bytes: int | None  # of the server; None is no limit
     restart: Restart
     log_file: str  # the server's log; absolute
     log_max_bytes: int
@@ -89,19 +90,30 @@ def compared(plan: Plan) -> dict[str, Any]:
         "program": _checksum(backend["argv"]),
         "env": _checksum(backend["env"]),
         "apiKey": _checksum(inner.get("api_key")),
-        **{key: value for key, value in inner.items() if key not in ("api_key", "names", "model_id", "model_path")},
-        "fallback": _checksum(plan["fallback"]),
-        **{name: plan.get(key) for name, key in _TIMEOUTS.items()},
+        **{key: value for key, value in inner.items() if key not in ("api_key", *_NAMES)},
+        "fallback": _checksum(_nameless(plan["fallback"])),
+        **{name: plan.get(key) for name, key in _LIMITS.items()},
         "restart": dict(plan["restart"]),
     }
 
 
-_TIMEOUTS = {
+_LIMITS = {
     "stopTimeout": "stop_timeout_s",
     "hangTimeout": "hang_timeout_s",
     "freezeTimeout": "freeze_timeout_s",
     "idleTimeout": "idle_timeout_s",
+    "memoryLimit": "memory_limit_bytes",
 }
+
+
+_NAMES = ("names", "model_id", "model_path")
+
+
+def _nameless(backend: Backend | None) -> dict[str, Any] | None:
+    if backend is None:
+        return None
+    settings = {key: value for key, value in backend["settings"].items() if key not in _NAMES}
+    return {**backend, "settings": settings}
 
 
 def _checksum(value: Any) -> str | None:

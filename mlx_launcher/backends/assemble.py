@@ -4,11 +4,12 @@ import os
 from pathlib import Path
 
 from mlx_launcher.backends.command import command, needs_model
+from mlx_launcher.backends.legacy import legacy
 from mlx_launcher.backends.models import Found, Say, check_model, find_model, no_model, served_names
 from mlx_launcher.backends.script import script
 from mlx_launcher.backends.serving import Caller, Serving
 from mlx_launcher.backends.textgen import textgen
-from mlx_launcher.backends.which import Kind, no_legacy, which
+from mlx_launcher.backends.which import BUILT_IN, Kind, which
 from mlx_launcher.config import defaults, urls
 from mlx_launcher.config.document import Document, nothing
 from mlx_launcher.config.layers import API_KEY_VARIABLE, Flags, Settings, settle, settle_fallback
@@ -28,16 +29,14 @@ def assemble(
     """
     settings = settle(flags, caller.environment, document or nothing(caller.cwd))
     kind = which(settings, caller.cwd)
-    if kind.name == "legacy":
-        raise no_legacy(settings)
     hosts, local = urls.address(settings["host"])
     _require_key(settings, local)
-    found = find_model(settings, state_dir, caller, kind.name != "textgen", say)
+    found = find_model(settings, state_dir, caller, kind.name not in BUILT_IN, say)
     if found is None:
         if kind.name != "command" or needs_model(settings):
             raise no_model(settings)
         found = Found({"id": settings["model"] or settings.block, "path": ""}, [settings["model"] or settings.block])
-    elif kind.name == "textgen":
+    elif kind.name in BUILT_IN:
         _check(Path(found.model["path"]), flags.force)
     instance = state_dir / str(settings["port"])
     serving = Serving(
@@ -53,7 +52,9 @@ def assemble(
     log_file = Path(caller.cwd, flags.log_file) if flags.log_file else instance / "server.log"
     source: Source = {"argv": list(caller.argv), "cwd": caller.cwd, "env": dict(caller.environment)}
     backend = _backend(kind, serving, settings, caller)
-    fallback = _fallback(serving, settings, caller)
+    fallback = _fallback(kind, serving, settings, caller)
+    if kind.name == "textgen" and fallback is None:
+        _refuse_unserved(found.model["path"])
     return {
         "schema": 1,
         "instance": os.fspath(instance),
@@ -67,6 +68,7 @@ def assemble(
         "hang_timeout_s": settings["hangTimeout"],
         "freeze_timeout_s": settings["freezeTimeout"],
         "idle_timeout_s": settings["idleTimeout"],
+        "memory_limit_bytes": settings["memoryLimit"],
         "restart": {
             "max_restarts": settings["restart.maxRestarts"],
             "window_s": settings["restart.window"],
@@ -90,12 +92,19 @@ def _require_key(settings: Settings, local: bool) -> None:
 
 
 def _check(path: Path, force: bool) -> None:
-    """Whole, of a kind that mlx-textgen serves, and not larger than this machine."""
+    """Whole, of a kind that mlx-lm knows, and not larger than this machine."""
     check_model(path)
     from mlx_launcher.models import facts, fit
 
-    facts.refuse_unserved(facts.facts(path))
+    facts.refuse_unknown(facts.facts(path))
     fit.check(path, force)
+
+
+def _refuse_unserved(path: str) -> None:
+    """What mlx-textgen cannot serve is for its host to say where a fallback can take over, and for the command where none can."""
+    from mlx_launcher.models import facts
+
+    facts.refuse_unserved(facts.facts(Path(path)))
 
 
 def _backend(kind: Kind, serving: Serving, settings: Settings, caller: Caller) -> Backend:
@@ -103,21 +112,30 @@ def _backend(kind: Kind, serving: Serving, settings: Settings, caller: Caller) -
         return command(serving, settings, caller.cwd, caller.environment)
     if kind.script is not None:
         return script(serving, settings, kind.script, caller.cwd)
-    return textgen(serving, settings)
+    return legacy(serving, settings) if kind.name == "legacy" else textgen(serving, settings)
 
 
-def _fallback(serving: Serving, settings: Settings, caller: Caller) -> Backend | None:
-    """The fallback on the configured backend's port, model and names; None, and a note, where it cannot be had."""
+def _fallback(kind: Kind, serving: Serving, settings: Settings, caller: Caller) -> Backend | None:
+    """The fallback on the configured backend's port, model and names; None where there is to be none.
+
+    By default it is the built-in legacy server, for all backends but itself and those whose model only they can load.
+    """
     if not settings["fallback"]:
         return None
-    try:
-        own = settle_fallback(settings, settings["fallback"])
-        kind = which(own, caller.cwd)
-        if kind.name == "legacy":
-            raise no_legacy(own)
-        return _backend(kind, serving, own, caller)
-    except LaunchError as failure:
-        if failure.code != "not_yet":
-            raise
-        settings.notes.append(f"there is no fallback: {failure.message}")
+    if settings.origin("fallback") != "default":
+        own = settle_fallback(settings)
+        return _backend(which(own, caller.cwd), serving, own, caller)
+    if kind.name == "legacy" or (kind.name not in BUILT_IN and not _is_whole(serving.model["path"])):
         return None
+    # Its block may name a script or a command; what takes over unasked is the server that borrows the socket.
+    return legacy(serving, settle_fallback(settings))
+
+
+def _is_whole(path: str) -> bool:
+    from mlx_launcher.models.directory import BrokenModelError
+    from mlx_launcher.models.facts import facts
+
+    try:
+        return bool(path) and facts(Path(path)).known
+    except (BrokenModelError, OSError):
+        return False

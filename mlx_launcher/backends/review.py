@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from mlx_launcher.backends.models import require_model
-from mlx_launcher.backends.which import which
+from mlx_launcher.backends.which import BUILT_IN, which
 from mlx_launcher.config.check import check_all
 from mlx_launcher.config.document import Document
 from mlx_launcher.config.layers import Flags, settle
@@ -22,7 +22,7 @@ def review(flags: Flags, environment: Mapping[str, str], document: Document, cwd
     try:
         settings = settle(flags, environment, document)
         kind = which(settings, cwd)
-        require_model(settings, cwd, environment, anything=kind.name != "textgen")
+        require_model(settings, cwd, environment, anything=kind.name not in BUILT_IN)
     except LaunchError as failure:
         # A backend that needs no server, or a model that is not here yet, is nothing that is wrong with the file.
         severe = failure.exit_code == EXIT_CONFIG

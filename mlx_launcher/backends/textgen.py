@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import Literal
 
 from mlx_launcher.backends.serving import Serving
 from mlx_launcher.config import defaults
@@ -11,6 +12,11 @@ from mlx_launcher.plan import Backend
 
 def textgen(serving: Serving, settings: Settings) -> Backend:
     """The backend for a model on disk. A key that is not required is accepted and not asked for."""
+    return host(serving, settings, "textgen")
+
+
+def host(serving: Serving, settings: Settings, name: Literal["textgen", "legacy"]) -> Backend:
+    """One of the servers that our host runs; both are told the same."""
     cache = settings["cache.dir"]
     if cache is not None:
         cache = os.path.normpath(settings.base("cache.dir", "/") / os.path.expanduser(cache))  # noqa: PTH111
@@ -18,7 +24,7 @@ def textgen(serving: Serving, settings: Settings) -> Backend:
         "name": settings.block,
         "kind": "host",
         # -P: the directory that it runs in may hold a json.py.
-        "argv": [sys.executable, "-P", "-m", "mlx_launcher.host", "textgen"],
+        "argv": [sys.executable, "-P", "-m", "mlx_launcher.host", name],
         # UTF8: mlx-lm and transformers read a model's texts in the locale's encoding, which may be less.
         "env": {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **settings["env"]},
         "cwd": None,
@@ -37,6 +43,7 @@ def textgen(serving: Serving, settings: Settings) -> Backend:
                 "dir": cache or str(serving.instance / "kvcache"),
                 "slots": settings["cache.cache_slots"],
                 "min_tokens": settings["cache.min_tokens_for_cache"],
+                "memory_bytes": settings["cache.memoryBytes"],
             },
         },
     }

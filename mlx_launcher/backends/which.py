@@ -8,11 +8,12 @@ from typing import Literal, NamedTuple
 from mlx_launcher.config import modes
 from mlx_launcher.config.layers import Settings
 from mlx_launcher.config.problems import error, invalid
-from mlx_launcher.errors import LaunchError
 
 # Our own scripts, which anyclaude calls, mean the built-in backends here; anyclaude has files of the same names.
 MARKERS = {"# mlx-launch built-in: textgen": "textgen", "# mlx-launch built-in: legacy": "legacy"}
 NAMES = {"mlx-textgen-server.sh": "textgen", "mlx-server.py": "legacy"}
+# Served by our own host, which loads MLX models only.
+BUILT_IN = ("textgen", "legacy")
 _MARKER_LINES = 20
 _LINE_BYTES = 1000
 
@@ -34,13 +35,6 @@ def which(settings: Settings, cwd: str) -> Kind:
     if settings["serverScript"]:
         return _of_script(settings, cwd)
     return Kind("legacy" if settings.block in modes.LEGACY else "textgen")
-
-
-def no_legacy(settings: Settings) -> LaunchError:
-    """The built-in legacy server is asked for, and there is none yet."""
-    because = f"serverScript is {settings['serverScript']}" if settings["serverScript"] else "its name says so"
-    what = f"backend {settings.block} means the legacy server ({because}), and that one cannot be started yet"
-    return LaunchError("not_yet", what, "Set serverScript to scripts/mlx-textgen-server.sh to serve with mlx-textgen")
 
 
 def _of_script(settings: Settings, cwd: str) -> Kind:

@@ -19,6 +19,7 @@ COMMANDS = {
     "status": "Show what is running and how it is doing.",
     "stop": "Stop the server and leave nothing behind.",
     "restart": "Restart the server with its configuration as it is now.",
+    "rollback": "Go to the fallback, verified, and write it into the configuration.",
     "logs": "Show the server's log.",
     "models": "List the models on this machine.",
     "config": "Show, check or write the configuration.",

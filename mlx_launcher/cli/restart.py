@@ -72,7 +72,10 @@ def _refused(status: dict[str, Any]) -> Result:
 
 def _reverted(app: App, status: dict[str, Any]) -> Result:
     reason = status["reload"]["reason"].rstrip(".")
-    what = f"the new configuration did not come up: {reason}; the last one that worked serves again"
+    if status["rollback"]:
+        what = f"{status['configured_backend']} did not come up: {reason}; {status['backend']} serves again"
+    else:
+        what = f"the new configuration did not come up: {reason}; the last one that worked serves again"
     hint = f"The log tells more, see {app.typed('logs', status['port'])}"
     return Result(status, _changes(status["reload"]), LaunchError("reverted", what, hint, EXIT_FAILED))
 

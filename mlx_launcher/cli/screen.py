@@ -45,12 +45,24 @@ def ready_screen(app: App, status: dict[str, Any], require_key: bool) -> list[st
     return [
         _row("url", status["url"]),
         _row("state", paint(status["state"], sys.stdout)),
+        *degraded_rows(app, status),
         _row("model", clean(status["model"]["id"])),
         "",
         "Try it:",
         "  " + " \\\n    ".join(curl),
         "Stop it:",
         "  " + app.typed("stop", status["port"]),
+    ]
+
+
+def degraded_rows(app: App, status: dict[str, Any]) -> list[str]:
+    """That the fallback serves, why, and what to do about it; nothing where it does not."""
+    if not (rollback := status["rollback"]):
+        return []
+    return [
+        _row("backend", clean(f"{status['backend']} instead of {status['configured_backend']}")),
+        _row("reason", clean(rollback["reason"])),
+        _row("try again", app.typed("restart", status["port"])),
     ]
 
 
@@ -144,6 +156,9 @@ def _rows(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "path", model["path"]
     backend, configured = status["backend"], status["configured_backend"]
     yield "backend", backend if backend == configured else f"{backend} instead of {configured}"
+    if rollback := status["rollback"]:
+        yield "rollback", rollback["at"] + (", automatic" if rollback["automatic"] else "")
+        yield "reason", rollback["reason"]
     yield "supervisor", _process(status["supervisor"])
     server = status["server"]
     yield "server", _process(server) if server else "none"
@@ -162,7 +177,8 @@ def _rows(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "last error", status["last_error"]
     reload = status.get("reload")
     if reload and reload["state"] != "done":
-        yield "restart", f"{reload['state']}: {reload['reason']}" if reload["reason"] else reload["state"]
+        what = "switch" if reload["trigger"] == "rollback" else "restart"
+        yield what, f"{reload['state']}: {reload['reason']}" if reload["reason"] else reload["state"]
     yield "log", status["log_file"]
 
 

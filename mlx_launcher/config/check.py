@@ -70,6 +70,12 @@ def check_block(document: Document, name: str) -> Checked:
     return checked
 
 
+def refuses_fallback(document: Document, name: str) -> bool:
+    """Whether a block says `"fallback": null`: the one key whose null is not the default, but none."""
+    raw = blocks_of(document).get(name)
+    return isinstance(raw, dict) and raw.get("fallback", "") is None
+
+
 def check_all(document: Document) -> list[Problem]:
     """Every problem of the whole file, as `config validate` shows them."""
     problems = [*document.problems, *check_top(document).problems]

@@ -13,8 +13,12 @@ from mlx_launcher.config import shipped
 from mlx_launcher.errors import LaunchError
 
 SCRIPT_NAME = "mlx-textgen-server.sh"
+LEGACY_SCRIPT_NAME = "mlx-server.py"
 # anyclaude puts the script's path into a shell command as it is.
 _SAFE_PATH = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
+# The lines of our scripts that are filled in, in bash and in Python.
+_PYTHON = re.compile(r'^(python=|PYTHON = )""', re.MULTILINE)
+_STATE_DIR = re.compile(r'^(state_dir=|STATE_DIR = )""', re.MULTILINE)
 _STARTUP_TIMEOUT_MS = 120_000
 
 
@@ -27,21 +31,33 @@ def refuse_existing(target: Path, force: bool) -> None:
         raise LaunchError("file_exists", what, "Name another file, or replace it with --force: a copy is kept")
 
 
-def install_script(state_dir: Path, state_dir_given: bool) -> Path:
-    """Our server script, with this interpreter written into it, at a path that anyclaude's shell command can hold.
+def script_path(state_dir: Path, name: str = SCRIPT_NAME) -> Path:
+    """Where a script of ours is installed: in the state directory, or else beside this installation.
 
-    In the state directory, or else beside this installation. LaunchError `no_safe_path` when both have spaces or the like.
+    LaunchError `no_safe_path` when both have spaces or the like, which anyclaude's shell command cannot hold.
     """
-    text = shipped.read_text("scripts", SCRIPT_NAME)
-    text = text.replace('python=""', f"python={shlex.quote(sys.executable)}", 1)
-    if state_dir_given:
-        text = text.replace('state_dir=""', f"state_dir={shlex.quote(os.fspath(state_dir))}", 1)
     places = [state_dir / "bin", Path(sys.prefix) / "share" / "mlx-launch"]
     safe = [place for place in places if _SAFE_PATH.fullmatch(os.fspath(place))]
     if not safe:
         what = f"anyclaude needs a path without spaces for its server script, and neither {places[0]} nor {places[1]} is one"
         raise LaunchError("no_safe_path", what, "Give another state directory with --state-dir")
-    script = safe[0] / SCRIPT_NAME
+    return safe[0] / name
+
+
+def script_text(state_dir: Path, state_dir_given: bool, name: str = SCRIPT_NAME) -> str:
+    """A script of ours as it is installed: this interpreter, and a state directory that was given, are written into it."""
+    text = shipped.read_text("scripts", name)
+    quoted = shlex.quote if name.endswith(".sh") else repr
+    text = _PYTHON.sub(lambda found: f"{found[1]}{quoted(sys.executable)}", text, count=1)
+    if state_dir_given:
+        text = _STATE_DIR.sub(lambda found: f"{found[1]}{quoted(os.fspath(state_dir))}", text, count=1)
+    return text
+
+
+def install_script(state_dir: Path, state_dir_given: bool, name: str = SCRIPT_NAME) -> Path:
+    """A script of ours at its path, replaced where it is there. LaunchError `no_safe_path`, or `not_written`."""
+    text = script_text(state_dir, state_dir_given, name)
+    script = script_path(state_dir, name)
     try:
         script.parent.mkdir(parents=True, exist_ok=True)
         _replace(script, text, 0o755)

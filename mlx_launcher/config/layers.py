@@ -34,7 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "command": None,
     "env": {},
     "pythonVenv": "~/.venv-mlx",
-    "fallback": None,
+    "fallback": modes.LEGACY[0],
     "stopTimeout": defaults.STOP_TIMEOUT_S,
     "hangTimeout": defaults.HANG_TIMEOUT_S,
     "freezeTimeout": defaults.FREEZE_TIMEOUT_S,
@@ -140,12 +140,23 @@ def settle(flags: Flags, environment: Mapping[str, str], document: Document) -> 
     return settings
 
 
-def settle_fallback(settings: Settings, name: str) -> Settings:
-    """The fallback's own block over the defaults; what clients see (port, host, model, key) stays the configured backend's."""
+def settle_fallback(settings: Settings) -> Settings:
+    """The fallback's own block over the defaults; what clients see (port, host, model, key) stays the configured backend's.
+
+    A block that nobody named as the fallback is left aside, with a note, where it is wrong.
+    """
+    origin = settings.origin("fallback")
+    name: str = settings["fallback"]
     block = modes.find_block(name, _blocks(settings.document))
     values = {key: Value(default, "default") for key, default in DEFAULTS.items()}
-    fallback = Settings(Value(name, settings.origin("fallback")), block, settings.document, values)
-    _lay_file(fallback)
+    fallback = Settings(Value(name, origin), block, settings.document, values)
+    if settings.document.file is not None:
+        try:
+            _lay_file(fallback)
+        except LaunchError as failure:
+            if origin != "default":
+                raise
+            settings.notes.append(f"the fallback's block is not used: {failure.message}")
     for key in ("model", "modelPath", "port", "host", "apiKey", "requireKey", "acceptAnyModel", "pythonVenv"):
         values[key] = settings.values[key]
     return fallback
@@ -209,6 +220,8 @@ def _lay_file(settings: Settings) -> None:
     for key, value in checked.values.items():
         if key in DEFAULTS:
             settings.values[key] = Value(value, f"{document.file} {'.'.join(path)}.{key}")
+    if check.refuses_fallback(document, block):
+        settings.values["fallback"] = Value(None, f"{document.file} {'.'.join(path)}.fallback")
 
 
 def _as_warnings(problems: list[Problem]) -> list[Problem]:

@@ -1,6 +1,6 @@
 """Every key that a configuration may have, with its type: anyclaude's through its history, and ours.
 
-The one module that imports pydantic; only commands that have read a file import it. `null` anywhere means the default.
+The one module that imports pydantic; only commands that have read a file import it. `null` means the default, but for `fallback`.
 """
 
 # The keys are written as the file writes them.
@@ -118,7 +118,7 @@ class Block(Keys):
     toolAllowlist: list[Text] | None = None
     localSearch: bool | None = None
 
-    fallback: Text | None = Field(None, description="The backend that takes over when this one fails.")
+    fallback: Text | None = Field(None, description="The backend that takes over when this one fails; null is none.")
     stopTimeout: Duration | None = None
     hangTimeout: Duration | None = None
     freezeTimeout: Duration | None = None

@@ -8,7 +8,7 @@ import sys
 def _inherited() -> argparse.Namespace:
     """Reads the arguments and, before anything heavy is imported, keeps grandchildren from inheriting what we did."""
     parser = argparse.ArgumentParser(prog="mlx_launcher.host")
-    parser.add_argument("backend", choices=["textgen"])
+    parser.add_argument("backend", choices=["textgen", "legacy"])
     parser.add_argument("--channel", type=int, required=True)
     parser.add_argument("--listen", type=lambda text: [int(part) for part in text.split(",")], required=True)
     arguments = parser.parse_args()
@@ -29,7 +29,9 @@ if __name__ == "__main__":
     os.umask(0o077)
     inherited = _inherited()
     _quiet_libraries()
-    from mlx_launcher.host.server import run
-
-    run(inherited.backend, inherited.channel, inherited.listen)
+    if inherited.backend == "legacy":
+        from mlx_launcher.host.legacy import run
+    else:
+        from mlx_launcher.host.server import run
+    run(inherited.channel, inherited.listen)
     sys.exit("unreachable: run() ends the process")

@@ -1,9 +1,6 @@
 """The HTTP side: an ASGI application over the engine. It never waits for the engine's thread."""
 
 import asyncio
-import contextlib
-import hmac
-import ipaddress
 import json
 import logging
 import time
@@ -12,6 +9,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from mlx_launcher.host import responses
+from mlx_launcher.host.access import check_key, check_model, is_loopback
 from mlx_launcher.host.engine import Engine, Job
 from mlx_launcher.host.errors import RequestError
 from mlx_launcher.host.requests import Generation, parse_chat, parse_completion
@@ -59,7 +57,7 @@ class App:
         elif path.startswith("/v1/models/"):
             _allow(method, "GET")
             self._authorize(scope, exempt_on_loopback=True)
-            self._check_model(unquote(path.removeprefix("/v1/models/")), exact=True)
+            check_model(self._settings, unquote(path.removeprefix("/v1/models/")), exact=True)
             await _send_json(send, 200, self._model())
         elif path in ("/v1/chat/completions", "/v1/completions"):
             _allow(method, "POST")
@@ -73,26 +71,10 @@ class App:
     def _model(self) -> dict[str, Any]:
         return {"id": self._settings["model_id"], "object": "model", "created": self._created, "owned_by": "mlx-launch"}
 
-    def _check_model(self, name: str | None, *, exact: bool = False) -> None:
-        settings = self._settings
-        if name in (None, settings["model_id"], *settings["names"]) or (settings["accept_any_model"] and not exact):
-            return
-        served = ", ".join(dict.fromkeys(settings["names"]))
-        raise RequestError(
-            404,
-            f"there is no model {name!r} here; this server answers to {served}",
-            param="model",
-            code="model_not_found",
-        )
-
     def _authorize(self, scope: Scope, *, exempt_on_loopback: bool = False) -> None:
-        """Demands the key where the settings do; a key that nobody demands is not looked at."""
-        settings = self._settings
-        if not settings["require_key"] or (exempt_on_loopback and _is_loopback(scope)):
-            return
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        if not hmac.compare_digest(given, b"Bearer " + (settings["api_key"] or "").encode()):
-            raise RequestError(401, "this server wants its API key: Authorization: Bearer KEY", code="invalid_api_key")
+        if not (exempt_on_loopback and _is_loopback(scope)):
+            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+            check_key(self._settings, given)
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         limit = self._settings["max_body_bytes"]
@@ -112,7 +94,7 @@ class App:
 
     async def _generate(self, chat: bool, raw: bytes, receive: Receive, send: Send) -> None:
         body, generation = parse_chat(raw) if chat else parse_completion(raw)
-        self._check_model(body.model)
+        check_model(self._settings, body.model)
         answer = responses.Answer(self._settings["model_id"], chat=chat, answers_per_prompt=generation.n)
         left = asyncio.create_task(_until_left(receive))
         await _let_the_loop_hear(left)
@@ -240,9 +222,7 @@ def _allow(method: str, *allowed: str) -> None:
 
 def _is_loopback(scope: Scope) -> bool:
     client = scope.get("client")
-    with contextlib.suppress(ValueError):
-        return client is None or ipaddress.ip_address(client[0]).is_loopback
-    return False
+    return client is None or is_loopback(client[0])
 
 
 async def _send_json(send: Send, status: int, body: dict[str, Any], *headers: tuple[bytes, bytes]) -> None:

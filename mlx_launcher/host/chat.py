@@ -20,13 +20,18 @@ def render(tokenizer: Any, messages: Messages, tools: Tools | None, *, descripti
 
     With a `description` ("… $$tool_list$$ …") the system message shows the tools, not the template. Raises RequestError 400.
     """
-    prepared = [_prepare(message, index) for index, message in enumerate(messages)]
+    prepared = prepare(messages)
     if description is not None:
         prepared, tools = _with_tools_described(prepared, tools, description), None
+    return accepted(tokenizer, prepared, tools)[1]
+
+
+def accepted(tokenizer: Any, prepared: Messages, tools: Tools | None) -> tuple[Messages, str]:
+    """The first form of the messages that the template takes, and the prompt; raises RequestError 400 where it takes none."""
     refusal: Exception | None = None
     for form in _forms(prepared):
         try:
-            return _apply(tokenizer, form, tools)
+            return form, _apply(tokenizer, form, tools)
         except Exception as error:
             # Templates raise whatever they like, most often jinja2's TemplateError with a sentence about roles.
             refusal = refusal or error
@@ -129,6 +134,11 @@ def _with_tools_described(messages: Messages, tools: Tools | None, description: 
 def _hermes_call(call: dict[str, Any]) -> str:
     function = call["function"]
     return json.dumps({"name": function["name"], "arguments": function["arguments"]}, ensure_ascii=False)
+
+
+def prepare(messages: Messages) -> Messages:
+    """The messages as chat templates expect them; raises RequestError 400 for what no template can show."""
+    return [_prepare(message, index) for index, message in enumerate(messages)]
 
 
 def _prepare(message: Message, index: int) -> Message:

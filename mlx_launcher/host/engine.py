@@ -141,7 +141,7 @@ class Engine:
                 self._run(runtime, self._jobs.get())
         except BaseException as error:
             # Nothing would ever be answered again; the supervisor has to hear of it.
-            self._on_death(_where(error))
+            self._on_death(where(error))
             raise
 
     def _run(self, runtime: Runtime, job: Job) -> None:
@@ -156,7 +156,7 @@ class Engine:
             job.emit(error)
         except Exception as error:
             # The type and the place, never the message: it may quote a prompt.
-            log.error("a request failed: %s", _where(error))
+            log.error("a request failed: %s", where(error))
             job.emit(
                 RequestError(500, f"the engine failed on this request ({type(error).__name__})", code="engine_error")
             )
@@ -173,7 +173,8 @@ class Engine:
         self._on_change()
 
 
-def _where(error: BaseException) -> str:
+def where(error: BaseException) -> str:
+    """The type and the place, never the message: it may quote a prompt."""
     frames = []
     trace = error.__traceback__
     while trace is not None:

@@ -33,7 +33,7 @@ PROGRESS_S = 0.1
 STOP_GRACE_S = 3.0
 
 
-def run(backend: str, channel: int, listeners: list[int]) -> NoReturn:
+def run(channel: int, listeners: list[int]) -> NoReturn:
     """Serves on the inherited descriptors until it is told to stop, then ends the process: 0 if it was told, 1 after a fault.
 
     It ends by `os._exit`: interpreter teardown after MLX has worked on another thread aborts (2 of 3 tries), which would look
@@ -43,7 +43,7 @@ def run(backend: str, channel: int, listeners: list[int]) -> NoReturn:
     code = 1
     try:
         host = _Host(Channel(channel), [socket.socket(fileno=descriptor) for descriptor in listeners])
-        code = asyncio.run(host.main(backend))
+        code = asyncio.run(host.main())
     except Exception:
         log.exception("the host failed")
     finally:
@@ -51,13 +51,13 @@ def run(backend: str, channel: int, listeners: list[int]) -> NoReturn:
         os._exit(code)
 
 
-def _runtime(backend: str) -> Runtime:
+def _runtime() -> Runtime:
     """Imports the backend: the engine calls this on its own thread, where MLX has to be imported."""
     try:
         from mlx_launcher.host.textgen import Textgen
     except ImportError as error:
         raise ModelFault(f"mlx-textgen cannot be imported: {error}", "Install mlx-launcher again.") from error
-    return {"textgen": Textgen}[backend]()
+    return Textgen()
 
 
 class _Server(uvicorn.Server):
@@ -78,14 +78,14 @@ class _Host:
         self._phase = ""
         self._phase_told = 0.0
 
-    async def main(self, backend: str) -> int:
+    async def main(self) -> int:
         self._loop = asyncio.get_running_loop()
         self._began = time.monotonic()
         self._stop, self._drain, self._changed = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._activated: asyncio.Future[Settings] = self._loop.create_future()
         self._loaded: asyncio.Future[None] = self._loop.create_future()
         self._engine = Engine(
-            lambda: _runtime(backend),
+            _runtime,
             on_phase=self._tell_phase,
             on_loaded=lambda error: self._loop.call_soon_threadsafe(self._on_loaded, error),
             on_change=lambda: self._loop.call_soon_threadsafe(self._changed.set),

@@ -4,12 +4,17 @@ from typing import TypedDict
 
 
 class CacheSettings(TypedDict):
-    """The KV cache on disk. `min_tokens`: shorter prompts are not kept. `slots`: entries kept, least recently used out first."""
+    """The KV cache: on disk, the legacy server's in memory. `slots`: entries kept, least recently used out first.
+
+    On disk alone: `dir`, and `min_tokens`: shorter prompts are not kept. In memory alone: `memory_bytes`; None is a share of
+    the machine's memory.
+    """
 
     enabled: bool
     dir: str
     slots: int
     min_tokens: int
+    memory_bytes: int | None
 
 
 class Settings(TypedDict):

@@ -7,12 +7,12 @@ never fire streamed tool calls. What stands in this package instead is the layer
 import functools
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 from mlx_lm.generate import wired_limit
 from pydantic import ValidationError
 
@@ -28,14 +28,21 @@ from mlx_launcher.host.reading import reader_for
 from mlx_launcher.host.requests import Generation
 from mlx_launcher.host.settings import Settings
 from mlx_launcher.host.styles import Style, detect
+from mlx_launcher.host.weights import read_weights
 from mlx_launcher.kvcache.store import Store
 from mlx_launcher.models.directory import BrokenModelError, check
+from mlx_launcher.models.facts import facts, why_not_textgen
 from mlx_launcher.models.fingerprint import fingerprint
 
 log = logging.getLogger("mlx_launcher.host")
 
 # mlx-textgen's own default where a client names no limit.
 DEFAULT_MAX_TOKENS = 4096
+
+# Progress is seen, and a client's leaving acted on, once a batch: one that takes longer than this is halved from then on, so
+# that a large model on a slow machine is never mistaken for one that hangs (`hangTimeout`, 120 s by default).
+SLOW_BATCH_S = 5.0
+MIN_BATCH = 32
 
 
 class Textgen:
@@ -56,6 +63,8 @@ class Textgen:
             total = check(path)
         except BrokenModelError as error:
             raise ModelFault(error.reason, error.hint) from None
+        if (reason := why_not_textgen(facts(path))) is not None:
+            raise ModelFault(reason, "Serve it with --mode=mlx-legacy.")
         progress(0, total)
         corrections.restore_rotating_cache()
         corrections.without_cache_manager()
@@ -64,7 +73,7 @@ class Textgen:
             self._model = corrections.TextModel(str(path), model_name=settings["model_id"], verbose=False)
         except ValueError as error:
             raise ModelFault(f"{path} cannot be loaded: {error}") from error
-        _read_weights(self._model.model, total, progress)
+        read_weights(self._model.model, total, progress)
         cache = settings["cache"]
         place = Path(cache["dir"]) / fingerprint(path)
         store = Store(place, cache["slots"], cache["min_tokens"]) if cache["enabled"] else None
@@ -189,12 +198,15 @@ class Textgen:
                 # The next turn begins with this prompt, and its last token has to be left to run.
                 copy = snapshot(state)
             # The last token is run by itself, so that a prompt from the cache and one from nothing take the same path.
+            began = time.monotonic()
             end = min(held + self._batch, last) if held < last else last + 1
             logits = self._model._inference(token_ids[:, held:end], cache=state, mask=None)
             mx.eval([layer.state for layer in state])
             mx.clear_cache()
             counters.processed_tokens += end - held
             held = end
+            if time.monotonic() - began > SLOW_BATCH_S:
+                self._batch = max(MIN_BATCH, self._batch // 2)
         return _Prefilled(logits, held, copy)
 
 
@@ -204,13 +216,3 @@ class _Prefilled(NamedTuple):
     logits: mx.array | None
     held: int
     copy: State | None
-
-
-def _read_weights(model: Any, total: int, progress: Callable[[int, int], object]) -> None:
-    """Evaluates the lazily loaded weights array by array: all at once would show the whole size at once."""
-    done = 0
-    for _, array in tree_flatten(model.parameters()):
-        mx.eval(array)
-        done += array.nbytes
-        progress(min(done, total), total)
-    progress(total, total)

@@ -95,21 +95,30 @@ def serves(model: Facts) -> str | None:
     return TEXTGEN if set(model.states) <= states_of_mlx_lm() else LEGACY
 
 
-def refuse_unserved(model: Facts) -> None:
-    """LaunchError `architecture_unsupported` for what mlx-textgen cannot serve, with what can."""
+def refuse_unknown(model: Facts) -> None:
+    """LaunchError `architecture_unsupported` for what no backend here can serve."""
     if not model.known:
         raise LaunchError(
             "architecture_unsupported",
             f"the architecture {model.architecture} of {model.path} is none that the installed mlx-lm can load",
             "Choose a model of another family, or look for a newer release of mlx-launch",
         )
-    if serves(model) != TEXTGEN:
-        own = ", ".join(sorted(set(model.states) - states_of_mlx_lm()))
-        raise LaunchError(
-            "architecture_unsupported",
-            f"the architecture {model.architecture} of {model.path} keeps its state in {own}, which mlx-textgen cannot serve",
-            "Serve this model with mlx_lm.server, or choose one of another family",
-        )
+
+
+def refuse_unserved(model: Facts) -> None:
+    """LaunchError `architecture_unsupported` for what mlx-textgen cannot serve, with what can."""
+    refuse_unknown(model)
+    if (reason := why_not_textgen(model)) is not None:
+        hint = "Serve it with --mode=mlx-legacy, or choose a model of another family"
+        raise LaunchError("architecture_unsupported", reason, hint)
+
+
+def why_not_textgen(model: Facts) -> str | None:
+    """Why mlx-textgen cannot serve a model that mlx-lm knows; None where it can."""
+    if not model.known or serves(model) == TEXTGEN:
+        return None
+    own = ", ".join(sorted(set(model.states) - states_of_mlx_lm()))
+    return f"the architecture {model.architecture} of {model.path} keeps its state in {own}, which mlx-textgen cannot serve"
 
 
 def _text_part(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from mlx_launcher import system
 from mlx_launcher.errors import LaunchError
 from mlx_launcher.plan import Plan
 from mlx_launcher.supervisor import plans, status
+from mlx_launcher.supervisor.changes import Changes
 from mlx_launcher.supervisor.control import Answer, ControlServer, error_answer
-from mlx_launcher.supervisor.journal import Journal, RotatingFile, utc_now
+from mlx_launcher.supervisor.journal import Journal, utc_now
 from mlx_launcher.supervisor.listener import Port
 from mlx_launcher.supervisor.policy import Decision, Policy
 from mlx_launcher.supervisor.process import Server, describe_exit
-from mlx_launcher.supervisor.reload import Refusal, Reload, misplaced
 from mlx_launcher.supervisor.terminal import Terminal
 
 PHASES = ("importing", "loading", "proving")
@@ -29,6 +29,8 @@ MAX_WAIT_S = 1.0
 GROUP_POLL_S = 0.03
 # A wait that took this much longer than asked was a sleeping laptop or a Ctrl-Z.
 GAP_S = 2.0
+# How often the log says that the fallback runs.
+REMIND_S = 3600.0
 
 
 class Supervisor:
@@ -39,21 +41,18 @@ class Supervisor:
     """
 
     def __init__(self, plan: Plan, port: Port, journal: Journal, wake: socket.socket, terminal: Terminal) -> None:
-        self._plan = self._good_plan = plan
-        self._next_plan: Plan | None = None  # takes its place when the server has ended
-        self._reload: Reload | None = None
-        self._reload_again = False  # somebody asked while one was under way
+        self._changes = Changes(plan, journal, terminal)
         self._port = port
         self._journal = journal
         self._terminal = terminal
         self._policy = Policy(plans.rules(plan), random.random)
-        self._log = RotatingFile(plan["log_file"], plan["log_max_bytes"])
         self._server: Server | None = None
         self._exit: str | None = None  # how the server's leader ended, while others of its group are left
         self._last_exit: dict[str, Any] | None = None
         self._beat: dict[str, Any] = {}
         self._progress: dict[str, int] | None = None
         self._stop_signals = 0
+        self._remind_at: float | None = None
         self._shown: tuple[Any, ...] = ()
         self._began = self._last_look = time.monotonic()
         self._now = 0.0
@@ -63,12 +62,16 @@ class Supervisor:
         self._wake = wake
         self._selector.register(wake, selectors.EVENT_READ, self._on_signals)
 
+    @property
+    def _plan(self) -> Plan:
+        return self._changes.plan
+
     # -- the loop
 
     def run(self) -> int:
         hosts = self._port.hosts()
         self._journal.note("started", pid=os.getpid(), port=self._plan["port"], hosts=hosts)
-        self._note_warnings()
+        self._changes.note_warnings()
         self._terminal.say(f"listening on {', '.join(hosts)} port {self._plan['port']}")
         try:
             self._apply(self._policy.begin(self._now))
@@ -108,10 +111,10 @@ class Supervisor:
             why = self._exit
             self._forget_server()
             self._apply(self._policy.emptied(self._now, why))
-        if self._reload_again and not (self._reload and self._reload.under_way):
-            self._begin_reload("SIGHUP")
-        if self._reload is not None and (outcome := self._reload.poll()) is not None:
-            self._on_planned(self._reload, outcome)
+        if self._changes.again and not self._changes.under_way:
+            self._changes.reload("SIGHUP", self._selector)
+        if (plan := self._changes.poll()) is not None:
+            self._switch_to(plan)
         if self._server is not None:
             self._server.poll(self._now)
         if self._terminal.caller_is_gone() and not self._policy.draining:
@@ -119,6 +122,7 @@ class Supervisor:
             self._stop(0.0, "the caller's end")
         if self._policy.state == "starting":
             self._terminal.advise(self._now)
+        self._remind()
         self._apply(self._policy.tick(self._now))
 
     # -- signals and requests
@@ -136,7 +140,7 @@ class Supervisor:
         if self._terminal.is_gone():
             self._on_stop_signal("SIGHUP of a closed terminal")
         else:
-            self._reload_again = not self._policy.draining
+            self._changes.again = not self._policy.draining
 
     def _on_stop_signal(self, name: str) -> None:
         self._stop_signals += 1
@@ -144,10 +148,7 @@ class Supervisor:
 
     def _stop(self, drain_s: float, who: str) -> None:
         self._journal.note("stop", by=who, drain_s=drain_s)
-        self._reload_again = False
-        if self._reload is not None and self._reload.under_way:
-            self._reload.abandon()
-            self._reload.ended("refused", Refusal("the server was asked to stop", ""))
+        self._changes.stopped()
         decisions = self._policy.stop(self._now, self._drain_s(drain_s))
         self._port.release()
         self._apply(decisions)
@@ -165,57 +166,51 @@ class Supervisor:
                 return error_answer("bad_request", "timeout_s is a number of seconds")
             self._stop(float(timeout_s), "stop")
             return {"ok": True, "data": {"pid": os.getpid(), "stop_timeout_s": self._plan["stop_timeout_s"]}}
-        if do == "restart":
-            if self._policy.draining:
-                return error_answer("stopping", "the server is stopping", "Start it again with mlx-launch start")
-            if self._reload is not None and self._reload.under_way:
-                return error_answer("busy", "a restart is under way already", "See mlx-launch status")
-            return {"ok": True, "data": {"reload_id": self._begin_reload("restart")}}
-        return error_answer("bad_request", f"no request is called {do!r}", "Known: status, stop, restart")
+        if do not in ("restart", "switch"):
+            return error_answer("bad_request", f"no request is called {do!r}", "Known: status, stop, restart, switch")
+        if self._policy.draining:
+            return error_answer("stopping", "the server is stopping", "Start it again with mlx-launch start")
+        if self._changes.under_way:
+            return error_answer("busy", "a restart is under way already", "See mlx-launch status")
+        if do == "switch":
+            return self._on_switch(request)
+        return {"ok": True, "data": {"reload_id": self._changes.reload("restart", self._selector)}}
 
-    # -- another plan
+    # -- another server
 
-    def _begin_reload(self, trigger: str) -> int:
-        number = self._reload.seen["id"] + 1 if self._reload else 1
-        self._reload_again = False
-        self._journal.note("reload", id=number, trigger=trigger)
-        self._reload = Reload(number, trigger, self._plan["source"], self._selector, self._log.write)
-        self._terminal.say("planning")
-        return number
-
-    def _on_planned(self, reload: Reload, outcome: Plan | Refusal) -> None:
-        if not isinstance(outcome, Refusal):
-            outcome = misplaced(self._plan, outcome) or outcome
-        if isinstance(outcome, Refusal):
-            self._end_reload("refused", outcome)
-            return
-        reload.seen["changes"] = plans.changes(self._plan, outcome)
-        for change in reload.seen["changes"]:
-            self._journal.note("plan_change", change=change)
-        if reload.seen["trigger"] == "SIGHUP" and plans.same_server(self._plan, outcome):
-            self._end_reload("done")
-            return
-        reload.seen["state"] = "switching"
-        self._next_plan = outcome
+    def _switch_to(self, plan: Plan, to_fallback: bool = False) -> None:
         drain_s = self._drain_s(self._plan["stop_timeout_s"])
-        self._apply(self._policy.switch(self._now, drain_s, plans.rules(outcome)))
+        self._apply(self._policy.switch(self._now, drain_s, plans.rules(plan), to_fallback))
 
-    def _end_reload(self, state: str, refusal: Refusal | None = None) -> None:
-        if self._reload is not None and self._reload.under_way:
-            self._reload.ended(state, refusal)
-            reason = refusal.reason if refusal else None
-            self._journal.note(f"reload_{state}", reason=reason)
-            self._terminal.say(f"restart {state}: {reason}" if reason else f"restart {state}")
+    def _on_switch(self, request: dict[str, Any]) -> Answer:
+        to, reason = request.get("to"), request.get("reason")
+        if to not in ("fallback", "configured") or not isinstance(reason, str):
+            return error_answer("bad_request", 'to is "fallback" or "configured", reason is a text')
+        to_fallback = to == "fallback"
+        if to_fallback and self._plan["fallback"] is None:
+            hint = 'Give the backend a "fallback" in the configuration, then mlx-launch restart'
+            return error_answer("no_fallback", "this server has no fallback", hint)
+        there = to_fallback is self._policy.on_fallback and self._policy.state in ("ready", "degraded")
+        number = self._changes.switch(
+            to_fallback and not self._policy.on_fallback, reason, request.get("automatic") is True
+        )
+        if there:
+            self._changes.end("done")
+        else:
+            self._switch_to(self._plan, to_fallback)
+        return {"ok": True, "data": {"reload_id": number}}
 
-    def _use(self, plan: Plan) -> None:
-        self._plan = plan
-        self._log.close()
-        self._log = RotatingFile(plan["log_file"], plan["log_max_bytes"])
-        self._note_warnings()
-
-    def _note_warnings(self) -> None:
-        for text in plans.notes(self._plan):
-            self._journal.note("warning", text=text)
+    def _remind(self) -> None:
+        """A fallback that works is easily forgotten."""
+        if self._policy.state != "degraded":
+            self._remind_at = None
+        elif self._remind_at is None:
+            self._remind_at = self._now + REMIND_S
+        elif self._now >= self._remind_at:
+            self._remind_at = self._now + REMIND_S
+            text = status.degraded(self._status())
+            self._journal.note("degraded", reason=text)
+            self._changes.log.write(f"mlx-launch: degraded, {text}\n".encode())
 
     # -- the server
 
@@ -224,37 +219,28 @@ class Supervisor:
             if decision.do == "spawn":
                 self._spawn()
                 continue
-            self._journal.note(decision.do, reason=decision.why, server=self._server and self._server.pid)
-            if decision.do == "adopt":
-                self._good_plan = self._plan
-                self._end_reload("done")
-            elif decision.do == "revert":
-                self._next_plan = self._good_plan
-                self._end_reload(
-                    "reverted", Refusal(decision.why, "The last configuration that worked is in force again")
-                )
-            elif self._server is None:
+            if decision.do == "look":
+                if self._server is not None:
+                    self._journal.trouble("answers", decision.why)
+                    self._apply(self._policy.looked(self._now, self._server.cpu_s()))
                 continue
-            elif decision.do == "drain":
-                self._server.send({"type": "drain"})
-            elif decision.do == "term":
-                self._server.send({"type": "stop"})
-                self._server.signal_group(signal.SIGTERM)
-            elif decision.do == "kill":
-                self._server.signal_group(signal.SIGKILL)
+            event = decision.do.removesuffix("_asleep")
+            self._journal.note(event, reason=decision.why, server=self._server and self._server.pid)
+            self._changes.decided(decision)
+            if self._server is not None:
+                self._server.end(decision.do)
         self._changed()
 
     def _spawn(self) -> None:
         self._forget_server()  # one that was given up: nothing ends it
-        if self._next_plan is not None:
-            self._use(self._next_plan)
-            self._next_plan = None
+        self._changes.take()
+        backend = plans.backend(self._plan, self._policy.on_fallback)
         try:
             self._port.own()
             self._journal.trouble("port", None)
-            if plans.lends(self._plan):
+            if plans.lends(backend):
                 self._port.release()
-            server = Server(self._plan, self._port.sockets, self._selector, self._on_message, self._on_output)
+            server = Server(self._plan, backend, self._port.sockets, self._selector, self._on_message, self._on_output)
         except LaunchError as error:
             self._apply(self._policy.spawn_failed(self._now, error.message, permanent=False))
             return
@@ -265,13 +251,13 @@ class Supervisor:
             self._apply(self._policy.spawn_failed(self._now, why, permanent))
             return
         self._server, self._progress, self._beat = server, None, status.between_servers(self._beat)
-        self._journal.note("spawn", server=server.pid, restarts=self._policy.restarts)
-        self._apply(self._policy.spawned(self._now))
-        server.send({"type": "activate", "settings": self._plan["backend"]["settings"]})
+        self._journal.note("spawn", server=server.pid, restarts=self._policy.restarts, backend=backend["name"])
+        self._apply(self._policy.spawned(self._now, outside=plans.lends(backend)))
+        server.send({"type": "activate", "settings": backend["settings"]})
 
     def _on_output(self, data: bytes) -> None:
-        self._log.write(data)
-        self._journal.trouble("log", self._log.error)
+        self._changes.log.write(data)
+        self._journal.trouble("log", self._changes.log.error)
         self._policy.progressed(self._now)
 
     def _on_message(self, message: dict[str, Any]) -> None:
@@ -281,11 +267,20 @@ class Supervisor:
         )
         if kind == "beat":
             self._beat = message
+            self._journal.trouble("answers", None)
+            self._apply(self._policy.beat(self._now, message))
+        elif kind == "answered":
+            self._journal.trouble("answers", None)
+            self._policy.answered(self._now)
+        elif kind == "refused":
+            self._apply(self._policy.refused(self._now))
         elif kind == "phase" and message.get("phase") in PHASES:
             self._progress = status.progress(message)
-            self._apply(self._policy.progressed(self._now, message["phase"]))
+            done = self._progress["done"] if self._progress else None
+            self._apply(self._policy.progressed(self._now, message["phase"], done))
         elif kind == "unproved":
             self._journal.trouble("proof", message["reason"])
+            self._policy.unproved(message["reason"])
         elif kind == "ready" and self._server is not None:
             self._progress = None
             self._server.proved()
@@ -306,6 +301,8 @@ class Supervisor:
             return
         server.hear_last_words()
         self._last_exit = {"at": utc_now(), **describe_exit(code)}
+        if self._policy.ending is not None:
+            self._last_exit["reason"] = self._policy.ending
         why = self._exit = self._last_exit["reason"]
         left = server.group_left()
         self._journal.note("exit", server=server.pid, left=left, **self._last_exit)
@@ -349,22 +346,28 @@ class Supervisor:
             "state": self._policy.state,
             "phase": self._policy.phase,
             "progress": self._progress,
-            "draining": self._policy.draining or self._policy.trial == "ending",
+            "draining": self._policy.drains,
             "last_error": self._policy.last_error,
             "uptime_s": real - self._began,
             "rss_bytes": system.rss_bytes(os.getpid()),
             "server": server,
-            "listener": "lent" if plans.lends(self._plan) and not self._port.sockets else "owned",
-            "reload": self._reload.seen if self._reload else None,
+            "listener": self._listener(),
+            "on_fallback": self._policy.on_fallback,
+            "rollback": self._changes.rollback,
+            "reload": self._changes.seen,
             "beat": self._beat,
             "events": list(self._journal.tail),
         }
         return status.build(self._plan, seen)
 
+    def _listener(self) -> str:
+        lends = plans.lends(plans.backend(self._plan, self._policy.on_fallback))
+        return "lent" if lends and not self._port.sockets else "owned"
+
     def _changed(self) -> None:
         """Rewrites state.json and tells the terminal, if there is anything new to say."""
         policy, pid = self._policy, self._server and self._server.pid
-        reload = self._reload and self._reload.seen["state"]
+        reload = self._changes.seen and self._changes.seen["state"]
         shown = (
             policy.state,
             policy.phase,
@@ -386,11 +389,9 @@ class Supervisor:
     def _end(self) -> None:
         self._port.release()
         self._forget_server()
-        if self._reload is not None:
-            self._reload.abandon()
         self._changed()
         if self._policy.state == "failed":
             self._terminal.show_log(self._plan["log_file"])
         self._control.close()
-        self._log.close()
+        self._changes.close()
         self._selector.close()

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from mlx_launcher.plan import Plan
+from mlx_launcher.plan import Backend, Plan
 from mlx_launcher.supervisor.policy import Rules
 
 SCHEMA = 1
@@ -12,6 +12,7 @@ KINDS = ("host", "script", "command")
 
 _NUMBER = (int, float)
 _WORDS = [str]
+_BACKEND = {"name": str, "kind": str, "argv": _WORDS, "env": dict, "cwd": (str, type(None)), "settings": dict}
 _SHAPE: dict[str, Any] = {
     "schema": int,
     "instance": str,
@@ -19,9 +20,11 @@ _SHAPE: dict[str, Any] = {
     "port": int,
     "url": str,
     "model": {"id": str, "path": str},
-    "backend": {"name": str, "kind": str, "argv": _WORDS, "env": dict, "cwd": (str, type(None)), "settings": dict},
+    "backend": _BACKEND,
     "stop_timeout_s": _NUMBER,
     "hang_timeout_s": _NUMBER,
+    "freeze_timeout_s": _NUMBER,
+    "memory_limit_bytes": (int, type(None)),
     "restart": {"max_restarts": int, "window_s": _NUMBER, "backoff_s": _NUMBER, "backoff_max_s": _NUMBER},
     "log_file": str,
     "log_max_bytes": int,
@@ -41,11 +44,18 @@ def check(value: Any) -> Plan:
     plan: Plan = value
     if plan["schema"] != SCHEMA:
         raise ValueError(f"plan.schema is {plan['schema']}, not {SCHEMA}")
-    if plan["backend"]["kind"] not in KINDS:
-        raise ValueError(f"plan.backend.kind is {plan['backend']['kind']!r}")
-    if not plan["backend"]["argv"]:
-        raise ValueError("plan.backend.argv is empty")
+    _check_backend(plan["backend"], "plan.backend")
+    if plan.get("fallback") is not None:
+        _require(plan["fallback"], _BACKEND, "plan.fallback")
+        _check_backend(backend(plan, True), "plan.fallback")
     return plan
+
+
+def _check_backend(backend: Backend, path: str) -> None:
+    if backend["kind"] not in KINDS:
+        raise ValueError(f"{path}.kind is {backend['kind']!r}")
+    if not backend["argv"]:
+        raise ValueError(f"{path}.argv is empty")
 
 
 def _require(value: Any, shape: Any, path: str) -> None:
@@ -71,12 +81,26 @@ def rules(plan: Plan) -> Rules:
         restart["backoff_max_s"],
         plan["stop_timeout_s"],
         plan["hang_timeout_s"],
+        plan["freeze_timeout_s"],
+        plan["memory_limit_bytes"],
+        plan.get("fallback") is not None,
     )
 
 
-def lends(plan: Plan) -> bool:
+def backend(plan: Plan, on_fallback: bool) -> Backend:
+    """The one of a plan's two backends that runs."""
+    return plan["fallback"] if on_fallback and plan["fallback"] else plan["backend"]
+
+
+def names(plan: Plan) -> tuple[str, str | None]:
+    """How the configured backend and the fallback are called."""
+    fallback = plan.get("fallback")
+    return plan["backend"]["name"], fallback["name"] if fallback else None
+
+
+def lends(backend: Backend) -> bool:
     """Whether the server binds the port itself."""
-    return plan["backend"]["kind"] != "host"
+    return backend["kind"] != "host"
 
 
 def notes(plan: Plan) -> list[str]:
@@ -121,7 +145,7 @@ def _is_secret(key: str, value: Any) -> bool:
 
 def _configured_name(key: str) -> str:
     """`stop_timeout_s` is called `stopTimeout` by the user."""
-    first, *rest = key.removesuffix("_s").split("_")
+    first, *rest = key.removesuffix("_s").replace("limit_bytes", "limit").split("_")
     return first + "".join(word.capitalize() for word in rest)
 
 

@@ -1,4 +1,4 @@
-"""Whether a server without a channel works: it is asked for one token, through the port that users take."""
+"""Whether a server without a channel works: it is asked for one token, through the port that users take, then if it is there."""
 
 import errno
 import json
@@ -11,6 +11,8 @@ RETRY_S = 0.5
 # The first token of a large model that is loaded by the first request: minutes. A server that hangs is asked again after it.
 PATIENCE_S = 600.0
 MAX_ANSWER = 1 << 20
+# Between two looks at a server that is ready: its log should not be full of them.
+LOOK_S = 10.0
 
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (a wildcard is no address to connect to)
 
@@ -19,8 +21,11 @@ class Probe:
     """Asks until the answer is a completion. `hear` gets what a host would say of itself: its phases, then `ready`.
 
     A server that answers without its model (anyclaude's legacy server sends a demo text then) is found out by its /health,
-    if it has one. Refused, silent, or any other answer: still starting, asked again. `poll` wants to be called at `due` and
-    after every event; its times are seconds on the loop's clock.
+    if it has one. Refused, silent, or any other answer: still starting, asked again.
+
+    After `watch` it is asked for /health alone, every `look_s` seconds or LOOK_S: any answer is `answered`; a refusal on every
+    address, twice, is `refused`; no answer is nothing, for who is busy does not answer either.
+    `poll` wants to be called at `due` and after every event; its times are seconds on the loop's clock.
     """
 
     def __init__(
@@ -30,6 +35,7 @@ class Probe:
         port: int,
         settings: dict[str, Any],
         hear: Callable[[dict[str, Any]], None],
+        look_s: float = 0.0,
     ) -> None:
         self.due: float | None = None
         self._selector = selector
@@ -42,15 +48,23 @@ class Probe:
         self._sock: socket.socket | None = None
         self._unsent = b""
         self._answer = b""
+        self._watching = False
+        self._look_s = min(look_s or LOOK_S, LOOK_S)
+        self._refusals = 0
 
     def poll(self, now: float) -> None:
         """Begins the next attempt when it is time for it."""
         if self.due is None:
-            self.due = now + RETRY_S
+            self.due = now + (self._look_s if self._watching and not self._refusals else RETRY_S)
         elif now >= self.due:
             self._give_up()
             self._connect()
             self.due = None if self._sock is None else now + PATIENCE_S
+
+    def watch(self) -> None:
+        """It gave a token."""
+        self._give_up()
+        self._watching, self._request = True, self._health
 
     def close(self) -> None:
         self._give_up()
@@ -70,11 +84,12 @@ class Probe:
             sock.setblocking(False)
             # Bound first: a connect to a free port of the ephemeral range could else draw that very port and meet itself.
             sock.bind((host, 0))
-            if sock.getsockname()[1] == self._port or sock.connect_ex((host, self._port)) not in (0, errno.EINPROGRESS):
-                sock.close()
-                return
-        except OSError:
+            code = errno.EADDRINUSE if sock.getsockname()[1] == self._port else sock.connect_ex((host, self._port))
+            if code not in (0, errno.EINPROGRESS):
+                raise OSError(code, "connect")
+        except OSError as error:
             sock.close()
+            self._failed(error)
             return
         self._sock, self._unsent, self._answer = sock, self._request, b""
         self._selector.register(sock, selectors.EVENT_WRITE, self._on_event)
@@ -90,14 +105,23 @@ class Probe:
                 self._receive(sock)
         except BlockingIOError:
             return
-        except OSError:  # refused, or reset: it is not there yet, or not any more
-            self._hosts.append(self._hosts.pop(0))  # it may listen on another address only
-            self._give_up()
+        except OSError as error:
+            self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        """Refused, or reset: it is not there yet, or not any more."""
+        self._hosts.append(self._hosts.pop(0))  # it may listen on another address only
+        self._give_up()
+        if not self._watching or isinstance(error, ConnectionResetError | BrokenPipeError):
+            return
+        self._refusals += 1
+        if self._refusals >= 2 * len(self._hosts):
+            self._hear({"type": "refused"})
 
     def _send(self, sock: socket.socket) -> None:
         if failed := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             raise OSError(failed, "connect")
-        if self._unsent is self._request:
+        if self._unsent is self._request and not self._watching:
             self._hear({"type": "phase", "phase": "proving"})
         self._unsent = self._unsent[sock.send(self._unsent) :]
         if not self._unsent:
@@ -105,6 +129,12 @@ class Probe:
 
     def _receive(self, sock: socket.socket) -> None:
         data = sock.recv(65536)
+        if self._watching:
+            self._give_up()
+            if data:
+                self._refusals = 0
+                self._hear({"type": "answered"})
+            return
         self._answer += data
         if data and len(self._answer) <= MAX_ANSWER and not _is_whole(self._answer):
             return

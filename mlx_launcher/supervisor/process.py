@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mlx_launcher import system
-from mlx_launcher.plan import Plan
+from mlx_launcher.plan import Backend, Plan
 from mlx_launcher.supervisor.channel import Channel
 from mlx_launcher.supervisor.plans import lends
 from mlx_launcher.supervisor.probe import Probe
@@ -27,12 +27,14 @@ class Server:
     """A running server. `hear` gets its messages, `write` its output; both are called from the loop that owns `selector`.
 
     A host of ours borrows the listeners and speaks by its channel. Any other server binds the port itself and is asked for a
-    token instead. Raises OSError or ValueError from the constructor when it cannot be started; nothing is left then.
+    token instead, and for any answer, now and then, once it is ready. Raises OSError or ValueError from the constructor when it
+    cannot be started; nothing is left then.
     """
 
     def __init__(
         self,
         plan: Plan,
+        backend: Backend,
         listeners: list[socket.socket],
         selector: selectors.BaseSelector,
         hear: Callable[[dict[str, Any]], None],
@@ -41,23 +43,23 @@ class Server:
         self._selector, self._hear, self._write = selector, hear, write
         self._channel: Channel | None = None
         self._probe: Probe | None = None
-        if lends(plan):
-            self._spawn(plan, [], [])
-            settings = plan["backend"]["settings"]
-            self._probe = Probe(selector, plan["hosts"], plan["port"], settings, hear)
+        if lends(backend):
+            self._spawn(backend, [], [])
+            look_s = plan["hang_timeout_s"] / 4
+            self._probe = Probe(selector, plan["hosts"], plan["port"], backend["settings"], hear, look_s)
         else:
-            self._spawn_host(plan, listeners)
+            self._spawn_host(backend, listeners)
         self.pid = self._popen.pid
         self.started = system.process_started(self.pid)
         self.began = time.monotonic()
         selector.register(self._output, selectors.EVENT_READ, self._on_output)
 
-    def _spawn_host(self, plan: Plan, listeners: list[socket.socket]) -> None:
+    def _spawn_host(self, backend: Backend, listeners: list[socket.socket]) -> None:
         ours, theirs = socket.socketpair()
         fds = [sock.fileno() for sock in listeners]
         arguments = ["--channel", str(theirs.fileno()), "--listen", ",".join(map(str, fds))]
         try:
-            self._spawn(plan, arguments, [theirs.fileno(), *fds])
+            self._spawn(backend, arguments, [theirs.fileno(), *fds])
         except BaseException:
             ours.close()
             raise
@@ -66,8 +68,7 @@ class Server:
         self._channel = Channel(ours)
         self._selector.register(ours, selectors.EVENT_READ, self._on_channel)
 
-    def _spawn(self, plan: Plan, arguments: list[str], fds: list[int]) -> None:
-        backend = plan["backend"]
+    def _spawn(self, backend: Backend, arguments: list[str], fds: list[int]) -> None:
         self._output, write_end = os.pipe()
         try:
             self._popen = subprocess.Popen(
@@ -110,10 +111,9 @@ class Server:
             self._probe.poll(now)
 
     def proved(self) -> None:
-        """It is ready: it need not be asked any more."""
+        """It is ready: no token is asked for any more."""
         if self._probe:
-            self._probe.close()
-            self._probe = None
+            self._probe.watch()
 
     def remembered(self) -> dict[str, Any]:
         """What a later supervisor needs to find it, should this one be killed."""
@@ -126,9 +126,28 @@ class Server:
     def group_left(self) -> bool:
         return system.group_left(self.pid)
 
-    def signal_group(self, number: int) -> None:
-        """Signals the whole group. Only while the leader has not been reaped or `group_left`: else the number may be reused."""
-        signal_group(self.pid, number)
+    def cpu_s(self) -> float | None:
+        """What its group has used of the processor."""
+        return system.group_cpu_s(self.pid)
+
+    def end(self, how: str) -> None:
+        """One step of its way down, as the policy decides them; any other word does nothing."""
+        if how == "drain":
+            self.send({"type": "drain"})
+        elif how == "term":
+            self.send({"type": "stop"})
+            self.signal_group(signal.SIGTERM)
+        elif how == "term_asleep":
+            self.signal_group(signal.SIGTERM, wake=False)
+        elif how == "kill":
+            self.signal_group(signal.SIGKILL)
+
+    def signal_group(self, number: int, wake: bool = True) -> None:
+        """Signals the whole group; SIGTERM wakes who is stopped if `wake`.
+
+        Only while the leader has not been reaped or `group_left`: else the number may be reused.
+        """
+        signal_group(self.pid, number, wake)
 
     def send(self, message: dict[str, Any]) -> None:
         if self._channel:
@@ -145,7 +164,9 @@ class Server:
 
     def close(self) -> None:
         """Lets go of it, once its last output is written."""
-        self.proved()
+        if self._probe:
+            self._probe.close()
+            self._probe = None
         for _ in range(LAST_READS):
             if not self._pump():
                 break
@@ -197,10 +218,10 @@ class Server:
         self._selector.modify(channel.sock, selectors.EVENT_READ | write, self._on_channel)
 
 
-def signal_group(pgid: int, number: int) -> None:
+def signal_group(pgid: int, number: int, wake: bool = True) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pgid, number)
-        if number == signal.SIGTERM:  # a process that is stopped (Ctrl-Z) does not see SIGTERM
+        if number == signal.SIGTERM and wake:  # a process that is stopped (Ctrl-Z) does not see SIGTERM
             os.killpg(pgid, signal.SIGCONT)
 
 

@@ -25,32 +25,30 @@ class Refusal(NamedTuple):
 
 
 class Reload:
-    """One `restart` or SIGHUP, from the request to its outcome. `seen` is what `status` shows of it.
+    """One `restart`, SIGHUP or switch between backends, from the request to its outcome. `seen` is what `status` shows of it.
 
-    Runs the source's command; its messages go to `write`. `poll` gives the outcome once, when there is one.
+    `plan` runs the source's command, whose messages go to `write`; `poll` gives the outcome once, when there is one.
     """
 
-    def __init__(
-        self,
-        number: int,
-        trigger: str,
-        source: Source,
-        selector: selectors.BaseSelector,
-        write: Callable[[bytes], None],
-    ) -> None:
+    def __init__(self, number: int, trigger: str, write: Callable[[bytes], None]) -> None:
         self.seen: dict[str, Any] = {
             "id": number,
             "trigger": trigger,
-            "state": "planning",
+            "state": "switching",
             "reason": None,
             "hint": None,
             "exit": None,
             "changes": [],
         }
-        self._selector, self._write = selector, write
+        self._write = write
         self._said = bytearray()
         self._popen: subprocess.Popen[bytes] | None = None
         self._refusal: Refusal | None = None
+
+    def plan(self, source: Source, selector: selectors.BaseSelector) -> None:
+        """Starts the command."""
+        self._selector = selector
+        self.seen["state"] = "planning"
         try:
             self._start(source)
         except (OSError, ValueError, IndexError) as error:

@@ -9,6 +9,7 @@ import os
 from typing import Any, TypedDict
 
 from mlx_launcher.plan import Plan, compared
+from mlx_launcher.supervisor import plans
 
 STATE_NAME = "state.json"
 SCHEMA = 1
@@ -26,7 +27,7 @@ class ServerStatus(TypedDict):
 
 
 class Seen(TypedDict):
-    """What only the loop knows. `beat` is the host's last message of that type, or empty."""
+    """What only the loop knows. `beat` is the host's last message of that type, or empty; `rollback` is why the fallback runs."""
 
     state: str
     phase: str | None
@@ -37,6 +38,8 @@ class Seen(TypedDict):
     rss_bytes: int | None
     server: ServerStatus | None
     listener: str
+    on_fallback: bool
+    rollback: dict[str, Any] | None
     reload: dict[str, Any] | None
     beat: dict[str, Any]
     events: list[dict[str, Any]]
@@ -45,7 +48,6 @@ class Seen(TypedDict):
 def build(plan: Plan, seen: Seen) -> dict[str, Any]:
     """The `status` data of CLI.md, with `progress`, `reload`, `events`, `notes`, `log_file`, `port` and `settings` beside it."""
     beat = seen["beat"]
-    backend = plan["backend"]["name"]
     return {
         "state": seen["state"],
         "phase": seen["phase"],
@@ -53,9 +55,9 @@ def build(plan: Plan, seen: Seen) -> dict[str, Any]:
         "url": plan["url"],
         "listener": seen["listener"],
         "draining": seen["draining"],
-        "backend": backend,
-        "configured_backend": backend,
-        "rollback": None,
+        "backend": plans.backend(plan, seen["on_fallback"])["name"],
+        "configured_backend": plan["backend"]["name"],
+        "rollback": seen["rollback"] if seen["on_fallback"] else None,
         "model": dict(plan["model"]),
         "supervisor": {"pid": os.getpid(), "uptime_s": round(seen["uptime_s"], 1), "rss_bytes": seen["rss_bytes"]},
         "server": seen["server"],
@@ -91,8 +93,10 @@ def between_servers(beat: dict[str, Any]) -> dict[str, Any]:
 def headline(status: dict[str, Any]) -> str:
     """The state as one line for a person."""
     state, reason = status["state"], status["last_error"]
-    if state == "ready":
-        return "stopping: waiting for the requests in flight" if status["draining"] else f"ready {status['url']}"
+    if state in ("ready", "degraded"):
+        if status["draining"]:
+            return "stopping: waiting for the requests in flight"
+        return f"ready {status['url']}" + (f", {degraded(status)}" if state == "degraded" else "")
     if state == "stopped":
         return "stopped"
     if status["draining"]:
@@ -103,6 +107,12 @@ def headline(status: dict[str, Any]) -> str:
     if status["phase"] == "loading" and progress:
         return f"loading {progress['done'] * 10 // progress['total'] * 10} %"
     return str(status["phase"] or state)
+
+
+def degraded(status: dict[str, Any]) -> str:
+    """What runs in place of what, and why."""
+    rollback = status["rollback"] or {"reason": None}
+    return f"on {status['backend']} instead of {status['configured_backend']}: {rollback['reason']}"
 
 
 def write_state(pid_started: float | None, server: dict[str, Any] | None, status: dict[str, Any]) -> str | None:

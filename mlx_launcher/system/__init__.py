@@ -93,6 +93,27 @@ def group_left(pgid: int) -> bool:
     return False
 
 
+def group_cpu_s(pgid: int) -> float | None:
+    """Processor time that the processes of a group have used, in seconds, with that of their children that have ended.
+
+    Only for comparing with another value of this function. None where nothing is known of any of them.
+    """
+    if sys.platform == "linux":
+        found = [fields for name in os.listdir("/proc") if name.isdigit() and (fields := _linux_stat(int(name)))]
+        ours = [sum(map(int, fields[11:15])) for fields in found if int(fields[2]) == pgid]
+        return sum(ours) / os.sysconf("SC_CLK_TCK") if ours else None
+    import psutil
+
+    used: list[float] = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == pgid:
+                used.append(sum(process.cpu_times()))
+        except (OSError, psutil.Error):
+            continue
+    return sum(used) if used else None
+
+
 def port_holders(port: int) -> list[Holder]:
     """The processes that listen on a TCP port, as far as the system tells; empty when nobody does or nothing is known."""
     import psutil

@@ -28,11 +28,11 @@ HISTORY: list[dict[str, Any]] = json.loads((Path(__file__).parent / "anyclaude" 
 PLACEHOLDER = "/path/to/your/mlx/model"
 LM_STUDIO = "mode lmstudio uses the server that runs already"
 NO_SCRIPT = r"serverScript: there is no script \S+/scripts/vllm-mlx-server"
-LEGACY = "means the legacy server"
 ELSEWHERE = "is another machine"
 NO_MLX = "has no backend mlx"
 
-# (commit, file): the block that is served with the file's own mode, or why none is; the same with --mode=mlx.
+# (commit, file): the block that is served with the file's own mode, and whether by the legacy server, or why none is; the same
+# with --mode=mlx.
 OUTCOMES: dict[tuple[str, str], tuple[str, str]] = {
     ("1303bab", ".anyclauderc.json"): (LM_STUDIO, NO_MLX),
     ("be10fd7", ".anyclauderc.json"): ("served mlx-lm", NO_MLX),
@@ -48,12 +48,12 @@ OUTCOMES: dict[tuple[str, str], tuple[str, str]] = {
     ("73db8f4", ".anyclauderc.json"): (LM_STUDIO, "served vllm-mlx"),
     ("f2d169f", ".anyclauderc.example.json"): ("served mlx-textgen", "served mlx-textgen"),
     ("8366a02", ".anyclauderc.example.json"): ("served mlx-textgen", "served mlx-textgen"),
-    ("8366a02", ".anyclauderc.json"): (LEGACY, LEGACY),
-    ("9a7f84c", ".anyclauderc.json"): (LEGACY, LEGACY),
+    ("8366a02", ".anyclauderc.json"): ("served mlx legacy", "served mlx legacy"),
+    ("9a7f84c", ".anyclauderc.json"): ("served vllm-mlx legacy", "served vllm-mlx legacy"),
     ("2439220", ".anyclauderc.example-openrouter.json"): ("mode openrouter", NO_MLX),
-    ("2439220", ".anyclauderc.example.json"): (LEGACY, LEGACY),
-    ("2bd8b12", ".anyclauderc.json"): (LEGACY, LEGACY),
-    ("3b27ebc", ".anyclauderc.example.json"): (LEGACY, LEGACY),
+    ("2439220", ".anyclauderc.example.json"): ("served mlx legacy", "served mlx legacy"),
+    ("2bd8b12", ".anyclauderc.json"): ("served mlx legacy", "served mlx legacy"),
+    ("3b27ebc", ".anyclauderc.example.json"): ("served mlx legacy", "served mlx legacy"),
     ("a6a3d25", ".anyclauderc.example.json"): ("served mlx", "served mlx"),
     ("69322a9", ".anyclauderc.example.json"): (LM_STUDIO, NO_MLX),
     ("69322a9", ".anyclauderc.json"): (LM_STUDIO, NO_MLX),
@@ -111,7 +111,8 @@ def test_served_or_one_line(entry: dict[str, Any], tmp_path: Path, model: Path) 
         else:
             plan = plan_of(file, mode)
             block = entry["config"]["backends"][plan["backend"]["name"]]
-            assert f"served {plan['backend']['name']}" == outcome
+            legacy = " legacy" if plan["backend"]["argv"][-1] == "legacy" else ""
+            assert f"served {plan['backend']['name']}{legacy}" == outcome
             assert plan["notes"] == []
             # What anyclaude sends as the model's name is answered to, and it is the name shown.
             assert plan["model"] == {"id": block["model"].replace(PLACEHOLDER, str(model)), "path": str(model)}

@@ -104,7 +104,7 @@ def nothing_is_left(launcher: Launcher) -> bool:
     return processes_naming(str(launcher.state_dir)) == []
 
 
-@pytest.mark.parametrize("script", ["mlx-textgen-server.sh", "mlx-textgen-server.py"])
+@pytest.mark.parametrize("script", ["mlx-textgen-server.sh", "mlx-textgen-server.py", "mlx-server.py"])
 def test_it_serves_and_a_killed_anyclaude_leaves_nothing(
     launcher: Launcher, anyclaude: Callable[..., AnyClaude], script: str
 ) -> None:
@@ -112,6 +112,7 @@ def test_it_serves_and_a_killed_anyclaude_leaves_nothing(
     caller.until_started()
     assert chat(launcher.port, "Hi").text == GREETING
     assert caller.said().count(STARTED) == 1
+    assert launcher.status()["backend"] == ("mlx-legacy" if script == "mlx-server.py" else "mlx")
     caller.process.kill()
     caller.process.wait()
     until(lambda: nothing_is_left(launcher), 15, "the end of all processes")

@@ -71,6 +71,8 @@ class World:
             "rss_bytes": 12_000_000,
             "server": {"pid": 2, "uptime_s": 4.0, "rss_bytes": 10**9, "restarts": 0, "last_exit": None},
             "listener": "owned",
+            "on_fallback": False,
+            "rollback": None,
             "reload": None,
             "beat": {},
             "events": [],

@@ -2,7 +2,8 @@
 
 `GET /pid` (any other path too) answers with its pid; `/die` exits with 3, `/kill` is SIGKILL, `/freeze` SIGSTOP, `/exit0` exits
 with 0, `/fault` reports a fault and exits with 1, `/slow` answers after a second, `/flood?N` writes N bytes of log first,
-`/line?N` N bytes of binary without a newline.
+`/line?N` N bytes of binary without a newline, `/busy?N` answers after N tenths of a second in which its counters move, `/hang`
+never, `/spin?N` after N tenths of a second without a beat and with a busy processor, `/rss?N` reports N bytes from then on.
 """
 
 import argparse
@@ -24,6 +25,8 @@ arguments.add_argument("--loading-s", type=float, default=0.0, help="report load
 arguments.add_argument(
     "--die", choices=("importing", "loading", "proving", "ready"), help="SIGKILL itself in that phase"
 )
+arguments.add_argument("--linger", choices=("importing", "loading", "proving"), help="stay in that phase for a second")
+arguments.add_argument("--die-after", type=float, help="exit with 3 that many seconds after ready")
 arguments.add_argument("--fault", help="report this fault instead of ready, and exit with 1")
 arguments.add_argument("--fault-if", help="report a fault if this file exists")
 arguments.add_argument("--silent", action="store_true", help="say nothing while loading")
@@ -42,8 +45,12 @@ listeners = [socket.socket(fileno=int(fd)) for fd in options.listen.split(",")]
 for listener in listeners:
     listener.set_inheritable(False)
 write_lock = threading.Lock()
+count_lock = threading.Lock()
 in_flight = 0
 served = 0
+processed = 0
+rss = 4096
+mute = False
 draining = False
 
 
@@ -56,11 +63,16 @@ def phase(name: str, done: int | None = None) -> None:
     send(type="phase", phase=name, done=done, total=None if done is None else 100)
     if options.die == name:
         os.kill(os.getpid(), signal.SIGKILL)
+    if options.linger == name:
+        time.sleep(1)
 
 
 def beat() -> None:
+    if mute:
+        return
     kv_cache = {"dir": "/kv", "entries": 1, "bytes": 2, "limit_bytes": 3}
-    send(type="beat", in_flight=in_flight, queued=0, requests=served, rss_bytes=4096, kv_cache=kv_cache, notes=[])
+    counts = {"in_flight": in_flight, "queued": 0, "requests": served, "processed_tokens": processed}
+    send(type="beat", rss_bytes=rss, kv_cache=kv_cache, notes=[], **counts)
 
 
 def leave_grandchild() -> None:
@@ -93,15 +105,22 @@ def start_up() -> None:
         os._exit(1)
     send(type="ready", took_s=round(time.monotonic() - began, 2))
     beat()
+    if options.die_after is not None:
+        threading.Timer(options.die_after, os._exit, [3]).start()
     if options.die == "ready":
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def count(change: int) -> None:
+    global in_flight
+    with count_lock:
+        in_flight += change
+
+
 def answer(client: socket.socket) -> None:
-    global in_flight, served
+    global served
     client.setblocking(True)
     client.settimeout(5)
-    in_flight += 1
     beat()
     try:
         request = client.recv(65536).decode("latin-1")
@@ -114,13 +133,14 @@ def answer(client: socket.socket) -> None:
         pass
     finally:
         client.close()
-        in_flight -= 1
+        count(-1)
         beat()
         if draining and not in_flight:
             os._exit(0)
 
 
 def act(path: str, amount: int) -> None:
+    global processed, rss, mute
     if path == "/die":
         os._exit(3)
     if path == "/exit0":
@@ -132,6 +152,19 @@ def act(path: str, amount: int) -> None:
         os._exit(1)
     if path == "/slow":
         time.sleep(1)
+    if path == "/hang":
+        time.sleep(1000)
+    if path == "/rss":
+        rss = amount
+    if path == "/busy":
+        for _ in range(amount):
+            processed += 1
+            time.sleep(0.1)
+    if path == "/spin":
+        mute, end = True, time.monotonic() + amount / 10
+        while time.monotonic() < end:
+            pass
+        mute = False
     if path == "/line":
         written = 0
         while written < amount:
@@ -180,6 +213,7 @@ def serve() -> None:
                 client, _ = key.fileobj.accept()  # type: ignore[union-attr]
             except (BlockingIOError, OSError):
                 continue
+            count(1)  # before anything can end this process for having nothing to do
             threading.Thread(target=answer, args=(client,), daemon=True).start()
         if options.ignore_channel:
             continue

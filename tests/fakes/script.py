@@ -1,6 +1,7 @@
 """A server that binds the port itself and knows nothing of us, as a user's script would be. Standard library only.
 
-Every POST is answered with `--answer` and a completion; `GET /pid` with its pid, `GET /die` ends it with 3.
+Every POST is answered with `--answer` and a completion; `GET /pid` with its pid, `GET /die` ends it with 3. After `GET /hang`
+nothing is answered any more, after `GET /spin?N` for N tenths of a second in which it works, after `GET /close` it only lives on.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,12 +31,26 @@ arguments.add_argument("--exit", type=int, help="exit with this instead of servi
 arguments.add_argument("--grandchild", help="leave a process that sleeps and ignores SIGTERM; its pid goes here")
 options = arguments.parse_args()
 began = time.monotonic()
+answering = threading.Event()
+answering.set()
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/die":
             os._exit(3)
+        if self.path == "/hang":
+            answering.clear()
+        if self.path.startswith("/spin?"):
+            answering.clear()
+            end = time.monotonic() + int(self.path.removeprefix("/spin?")) / 10
+            while time.monotonic() < end:
+                pass
+            answering.set()
+        if self.path == "/close":
+            server.socket.close()
+            signal.pause()
+        answering.wait()
         if self.path == "/health" and options.health:
             self.answer(
                 200, options.health if time.monotonic() - began < options.answer_s else '{"model_loaded": true}'
@@ -73,4 +89,5 @@ signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 time.sleep(options.bind_s)
 if ":" in options.host:
     ThreadingHTTPServer.address_family = socket.AF_INET6
-ThreadingHTTPServer((options.host, options.port), Handler).serve_forever()
+server = ThreadingHTTPServer((options.host, options.port), Handler)
+server.serve_forever()

@@ -67,21 +67,24 @@ def test_43_no_tokenizer_is_named_before_spawn(launcher: Launcher, model: Path) 
     assert "no tokenizer.json" in refused(launcher, model, code="model_incomplete")
 
 
-@pytest.mark.parametrize(
-    ("architecture", "words"),
-    [
-        ("bert", "architecture bert of "),  # unknown to mlx-lm
-        (
-            "deepseek_v41",
-            "keeps its state in LayerCache, which mlx-textgen cannot serve. Serve this model with mlx_lm.server",
-        ),
-    ],
-)
-def test_44_what_mlx_textgen_cannot_serve_is_named_at_start_with_what_can(
-    launcher: Launcher, tmp_path: Path, architecture: str, words: str
-) -> None:
-    model = model_directory(tmp_path / "model", {"model_type": architecture})
-    assert words in refused(launcher, model, code="architecture_unsupported")
+def test_44_what_no_backend_can_serve_is_named_before_spawn(launcher: Launcher, tmp_path: Path) -> None:
+    model = model_directory(tmp_path / "model", {"model_type": "bert"})
+    assert "architecture bert of " in refused(launcher, model, code="architecture_unsupported")
+
+
+def test_44_what_mlx_textgen_cannot_serve_is_named_at_start_with_what_can(launcher: Launcher, tmp_path: Path) -> None:
+    model = model_directory(tmp_path / "model", {"model_type": "deepseek_v41"})
+    why = "keeps its state in LayerCache, which mlx-textgen cannot serve. Serve it with --mode=mlx-legacy"
+    # The fallback is tried; here it cannot load what is no more than a header.
+    done = launcher.command("start", "--port", str(launcher.port), "--model", str(model))
+    assert done.returncode == 1
+    assert why in done.stdout + done.stderr
+    launcher.command("stop")
+    alone = tmp_path / "rc.json"
+    alone.write_text(json.dumps({"backends": {"mlx": {"fallback": None, "port": launcher.port}}}))
+    done = launcher.command(f"--config={alone}", "start", "--model", str(model))
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert why in done.stderr
 
 
 def test_45_a_model_larger_than_memory_is_refused_with_the_numbers_unless_forced(

@@ -98,6 +98,19 @@ def test_reverted_says_why_and_that_the_last_one_serves(launched: Launched, run:
     assert launched.get() == str(launched.server_pids()[-1])
 
 
+def test_reverted_to_the_fallback_names_it(launched: Launched, run: Run) -> None:
+    fallback = {**fake_host(), "name": "mlx-legacy"}
+    launched.plan_next(fallback=fallback)
+    assert run("restart")[0] == 0
+    (launched.instance.parent / "broken").touch()
+    launched.provoke("/kill")
+    launched.until_state("degraded")
+    code, _, err = run("restart")
+    assert code == 1
+    assert "mlx did not come up: broken later. Look at it; mlx-legacy serves again" in err
+    assert launched.status()["state"] == "degraded"
+
+
 def test_a_supervisor_that_is_killed_meanwhile(launched: Launched, run: Run) -> None:
     launched.plan_next(backend=fake_host("--loading-s", "30"))
 

@@ -31,6 +31,7 @@ class Host:
         settings: dict[str, Any] | None = None,
         max_file_bytes: int | None = None,
         deaf: bool = False,
+        backend: str = "textgen",
         **environment: str,
     ) -> None:
         self.port = port
@@ -45,7 +46,7 @@ class Host:
         listener = socket.create_server(("127.0.0.1", port))
         self.process = subprocess.Popen(
             [
-                *[sys.executable, "-m", "mlx_launcher.host", "textgen"],
+                *[sys.executable, "-m", "mlx_launcher.host", backend],
                 *["--channel", str(theirs.fileno()), "--listen", str(listener.fileno())],
             ],
             pass_fds=[theirs.fileno(), listener.fileno()],
@@ -56,7 +57,7 @@ class Host:
             preexec_fn=_limit_files(max_file_bytes) if max_file_bytes else None,
         )
         theirs.close()
-        listener.close()
+        self.listener = listener  # kept, as by a supervisor
         self.channel = ours
         carried = {
             "model_path": str(model),
@@ -68,7 +69,14 @@ class Host:
             "max_queue": 32,
             "max_body_bytes": 1 << 25,
             "prefill_batch": 512,
-            "cache": {"enabled": True, "dir": str(cache_directory), "slots": 10, "min_tokens": 100, **(cache or {})},
+            "cache": {
+                "enabled": True,
+                "dir": str(cache_directory),
+                "slots": 10,
+                "min_tokens": 100,
+                "memory_bytes": None,
+                **(cache or {}),
+            },
             **(settings or {}),
         }
         self.say({"type": "activate", "settings": carried})
@@ -106,13 +114,15 @@ class Host:
 
     def __exit__(self, *_: object) -> None:
         try:
-            self.say({"type": "drain"})
+            if self.process.poll() is None:
+                self.say({"type": "drain"})
             assert self.process.wait(30) == 0, self.log()
         finally:
             if self.process.poll() is None:
                 self.process.kill()
                 self.process.wait()
             self.channel.close()
+            self.listener.close()
 
 
 def _limit_files(limit: int) -> Callable[[], None]:

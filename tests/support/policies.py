@@ -2,7 +2,15 @@
 
 from mlx_launcher.supervisor.policy import Decision, Policy, Rules
 
-RULES = Rules(max_restarts=3, window_s=300.0, backoff_s=0.5, backoff_max_s=30.0, stop_timeout_s=30.0, silence_s=120.0)
+RULES = Rules(
+    max_restarts=3,
+    window_s=300.0,
+    backoff_s=0.5,
+    backoff_max_s=30.0,
+    stop_timeout_s=30.0,
+    hang_s=120.0,
+    freeze_s=30.0,
+)
 
 
 def dos(decisions: list[Decision]) -> list[str]:

@@ -92,6 +92,7 @@ def make_plan(instance: Path, port: int, *host_arguments: str, **changes: Any) -
         "hang_timeout_s": 120.0,
         "freeze_timeout_s": 30.0,
         "idle_timeout_s": 0.0,
+        "memory_limit_bytes": None,
         "restart": {**restart, **changes.pop("restart", {})},
         "log_file": str(instance / "server.log"),
         "log_max_bytes": 1 << 20,

@@ -51,6 +51,7 @@ def test_the_numbers_that_the_documentation_promises(model: Path, tmp_path: Path
         "dir": str(tmp_path / "state" / "8081" / "kvcache"),
         "slots": 10,
         "min_tokens": 100,
+        "memory_bytes": None,
     }
     assert (settings["max_queue"], settings["accept_any_model"], settings["max_body_bytes"]) == (32, True, 33554432)
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from mlx_launcher.backends import assemble
+from mlx_launcher.backends.legacy import legacy
 from mlx_launcher.backends.textgen import textgen
 from mlx_launcher.cli import main, start
 from mlx_launcher.cli.instances import ask, is_locked, not_running, remembered
@@ -34,14 +35,21 @@ class Bench:
         self._monkeypatch = monkeypatch
         self._capsys = capsys
         self.host()
+        self.fallback()
 
     def host(self, *arguments: str) -> None:
         """What the next server is."""
+        self._fake("textgen", textgen, arguments)
 
+    def fallback(self, *arguments: str) -> None:
+        """What takes its place."""
+        self._fake("legacy", legacy, arguments)
+
+    def _fake(self, name: str, real: Any, arguments: tuple[str, ...]) -> None:
         def fake(*args: Any, **kwargs: Any) -> Any:
-            return {**textgen(*args, **kwargs), "argv": [sys.executable, "-S", str(FAKE_HOST), *arguments]}
+            return {**real(*args, **kwargs), "argv": [sys.executable, "-S", str(FAKE_HOST), *arguments]}
 
-        self._monkeypatch.setattr(assemble, "textgen", fake)
+        self._monkeypatch.setattr(assemble, name, fake)
 
     def __call__(self, *arguments: str) -> tuple[int, str, str]:
         self._capsys.readouterr()
@@ -121,10 +129,12 @@ def test_the_phases_are_shown_once_each(bench: Bench) -> None:
 
 def test_a_server_that_fails(bench: Bench) -> None:
     bench.host("--fault", "the weights are torn")
+    bench.fallback("--fault", "no mlx")
     code, out, err = bench("start", *bench.serve)
     assert code == 1
     assert "  | fake host " in out
-    assert f"mlx-launch: the server on port {bench.port} failed: the weights are torn" in err
+    assert f"mlx-launch: the server on port {bench.port} failed: the fallback failed: no mlx" in err
+    assert "the weights are torn" in err
     assert err.count("\n") == 1
 
     code, out, err = bench("status")
@@ -136,6 +146,28 @@ def test_a_server_that_fails(bench: Bench) -> None:
 
     bench.host()
     assert bench("start", *bench.serve)[0] == 0
+
+
+def test_a_server_that_fails_while_its_fallback_works_is_degraded_and_says_so(bench: Bench) -> None:
+    bench.host("--fault", "the weights are torn")
+    code, out, err = bench("start", *bench.serve)
+    assert (code, err) == (0, "")
+    assert "  state       degraded\n" in out
+    assert "  backend     mlx-legacy instead of mlx" in out
+    assert "  reason      the weights are torn" in out
+    assert f"restart --port {bench.port}" in out
+
+    code, out, err = bench("status")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"port {bench.port}: degraded\n")
+    assert "  backend     mlx-legacy instead of mlx" in out
+    assert "Z, automatic\n  reason      the weights are torn" in out
+    assert all(len(line) <= 80 for line in out.splitlines())
+
+    code, out, err = bench("start", *bench.serve)
+    assert (code, err) == (0, "")
+    assert out.startswith("It was running already.\n")
+    assert "the weights are torn" in out
 
 
 def test_not_ready_in_time_goes_on_starting(bench: Bench) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_the_files_values_reach_the_plan(configured: Configured) -> None:
         freezeTimeout="20s",
         idleTimeout="1h",
         restart={"maxRestarts": 1, "window": "1m", "backoff": "1s", "backoffMax": "2s"},
-        cache={"enable_cache": False, "cache_slots": 5, "min_tokens_for_cache": 7, "dir": "kv"},
+        cache={"enable_cache": False, "cache_slots": 5, "min_tokens_for_cache": 7, "dir": "kv", "memoryBytes": "2GB"},
     )
     assert (plan["port"], plan["hosts"], plan["url"]) == (8099, ["127.0.0.2"], "http://127.0.0.2:8099/v1")
     assert plan["restart"] == {"max_restarts": 1, "window_s": 60, "backoff_s": 1, "backoff_max_s": 2}
@@ -80,7 +81,8 @@ def test_the_files_values_reach_the_plan(configured: Configured) -> None:
     assert (settings["api_key"], settings["require_key"], settings["accept_any_model"]) == ("k", True, False)
     assert settings["max_queue"] == 3
     directory = str(configured.directory / "kv")
-    assert settings["cache"] == {"enabled": False, "dir": directory, "slots": 5, "min_tokens": 7}
+    cache = {"enabled": False, "dir": directory, "slots": 5, "min_tokens": 7, "memory_bytes": 2_000_000_000}
+    assert settings["cache"] == cache
     assert plan["backend"]["env"]["A"] == "b"
 
 
@@ -180,12 +182,23 @@ def test_our_own_script_has_its_marker(configured: Configured) -> None:
     assert configured.plan(serverScript=str(shipped))["backend"]["kind"] == "host"
 
 
-@pytest.mark.parametrize("block", [{"name": "mlx-legacy"}, {"name": "mlx", "serverScript": "scripts/mlx-server.py"}])
-def test_the_legacy_server_cannot_be_started_yet(block: dict[str, Any], configured: Configured) -> None:
+@pytest.mark.parametrize(
+    "block",
+    [{"name": "mlx-legacy"}, {"name": "vllm-mlx-legacy"}, {"name": "mlx", "serverScript": "scripts/mlx-server.py"}],
+)
+def test_the_legacy_server_is_our_host_too_and_has_no_fallback(block: dict[str, Any], configured: Configured) -> None:
     name = block.pop("name")
-    assert configured.error(name, **block).code == "not_yet"
+    plan = configured.plan(name, **block)
+    assert plan["backend"]["argv"] == [sys.executable, "-P", "-m", "mlx_launcher.host", "legacy"]
+    assert (plan["backend"]["name"], plan["backend"]["kind"], plan["fallback"]) == (name, "host", None)
+    assert plan["backend"]["settings"].keys() == configured.plan()["backend"]["settings"].keys()
     script = configured.script("mine.sh")
     assert configured.plan(name, serverScript=script.name)["backend"]["kind"] == "script"
+
+
+def test_our_own_legacy_script_has_its_marker(configured: Configured) -> None:
+    shipped = Path(__file__).parents[2] / "scripts" / "mlx-server.py"
+    assert configured.plan(serverScript=str(shipped))["backend"]["argv"][-1] == "legacy"
 
 
 @pytest.mark.parametrize(
@@ -260,10 +273,53 @@ def test_a_fallback_has_its_own_block_and_the_first_ones_port_and_model(configur
     assert plan["fallback"]["env"]["A"] == "b"
 
 
-def test_a_fallback_that_cannot_be_had_yet_is_a_note(configured: Configured) -> None:
-    plan = configured.plan(fallback="mlx-legacy")
-    assert plan["fallback"] is None
-    assert "no fallback" in plan["notes"][0]
+def test_by_default_the_legacy_server_takes_over_on_the_same_port_and_names(configured: Configured) -> None:
+    plan = configured.plan(port=8099, model="m", apiKey="k", requireKey=True)
+    fallback = plan["fallback"]
+    assert fallback
+    assert (fallback["name"], fallback["kind"], fallback["argv"][-1]) == ("mlx-legacy", "host", "legacy")
+    assert fallback["settings"] == plan["backend"]["settings"]
+    assert assemble(Flags(str(configured.model)), configured.directory, Caller(["x"], "/", {}))["fallback"]
+
+
+def test_the_default_fallback_has_its_own_block_but_no_program_of_its_own(configured: Configured) -> None:
+    blocks: dict[str, Any] = {
+        "mlx": {"modelPath": str(configured.model)},
+        "mlx-legacy": {"enabled": False, "port": 8082, "serverScript": "gone.py", "cache": {"memoryBytes": 5}},
+    }
+    plan = configured.plan_of({"backends": blocks})
+    assert plan["fallback"]
+    assert plan["fallback"]["argv"][-1] == "legacy"
+    assert plan["fallback"]["settings"]["cache"]["memory_bytes"] == 5
+    assert plan["port"] == 8081
+    # A block that nobody named bars no start.
+    blocks["mlx-legacy"] = {"cache": 1}
+    plan = configured.plan_of({"backends": blocks})
+    assert plan["fallback"]
+    assert "the fallback's block is not used" in plan["notes"][-1]
+    blocks["mlx"]["fallback"] = "mlx-legacy"
+    with pytest.raises(LaunchError, match=r"backends\.mlx-legacy\.cache"):
+        configured.plan_of({"backends": blocks})
+
+
+def test_null_is_no_fallback(configured: Configured) -> None:
+    assert configured.plan(fallback=None)["fallback"] is None
+    assert configured.plan(fallback="mlx-legacy")["fallback"]
+
+
+def test_what_only_a_program_of_the_users_can_load_has_no_default_fallback(configured: Configured) -> None:
+    assert configured.plan(command="true --port {port}", modelPath=None)["fallback"] is None
+    file = configured.script("model.gguf")
+    assert configured.plan(command="true {model}", modelPath=str(file))["fallback"] is None
+    assert configured.plan(command="true {model}")["fallback"]
+
+
+def test_a_model_that_only_the_fallback_serves_is_for_the_host_to_refuse(configured: Configured) -> None:
+    config = json.loads((configured.model / "config.json").read_text())
+    (configured.model / "config.json").write_text(json.dumps({**config, "model_type": "deepseek_v41"}))
+    assert configured.plan()["fallback"]
+    assert configured.plan("mlx-legacy")["backend"]["argv"][-1] == "legacy"
+    assert configured.error(fallback=None).code == "architecture_unsupported"
 
 
 def test_a_key_that_is_required_must_be_there(configured: Configured) -> None:

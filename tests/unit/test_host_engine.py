@@ -27,7 +27,7 @@ SETTINGS: Settings = {
     "max_queue": 2,
     "max_body_bytes": 2000,
     "prefill_batch": 512,
-    "cache": {"enabled": False, "dir": "/nowhere", "slots": 1, "min_tokens": 1},
+    "cache": {"enabled": False, "dir": "/nowhere", "slots": 1, "min_tokens": 1, "memory_bytes": None},
 }
 
 

@@ -166,7 +166,7 @@ def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_state_that_mlx_lm_cannot_read_again_is_refused_with_what_serves_it(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match=r"deepseek_v41.* keeps its state in LayerCache") as caught:
         refuse_unserved(of(tmp_path, {"model_type": "deepseek_v41"}))
-    assert "mlx_lm.server" in caught.value.hint
+    assert "mlx-legacy" in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_a_secret_is_not_shown(key: str) -> None:
     old, new = changed(backend__settings={key: "old"}), changed(backend__settings={key: "new"})
     (line,) = differences(old, new)
     assert line.endswith(" changed")
-    (line,) = differences(PLAN, changed(fallback={"settings": {key: "new"}}))
+    (line,) = differences(PLAN, changed(fallback={**PLAN["backend"], "settings": {key: "new"}}))
     assert line == "fallback changed"
 
 

@@ -165,13 +165,18 @@ class AnyOrder(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rules_ = Rules(3, 20.0, 0.5, 4.0, 3.0, 10.0)
+        self.rules_ = Rules(3, 20.0, 0.5, 4.0, 3.0, 10.0, 5.0, 1000, fallback=True)
         self.policy = Policy(self.rules_, lambda: self.jitter)
         self.jitter = 0.0
         self.now = 0.0
         self.alive = False
+        self.outside = False
+        self.proved = False  # the server that is alive
+        self.ready_at = 0.0
         self.left = False  # others of the group
         self.killed = False
+        self.cpu_s = 0.0
+        self.counter = 0
         self.spawns: list[float] = []
         self.stop_asked: float | None = None
         self.trials = self.outcomes = 0
@@ -179,22 +184,26 @@ class AnyOrder(RuleBasedStateMachine):
         self.take(self.policy.begin(self.now))
 
     def take(self, decisions: list[Decision]) -> None:
-        for do, _ in decisions:
+        for do, why in decisions:
             assert not (self.policy.finished and do != "finish")
+            assert why, "something is done without a reason"
+            if do == "look":
+                self.take(self.policy.looked(self.now, self.cpu_s))
             if do == "spawn":
                 assert not self.alive, "two servers"
                 assert not self.left or self.killed, "a server beside the rest of the last one"
                 assert self.stop_asked is None, "a start after a stop"
                 self.alive, self.left, self.killed = True, False, False
+                self.proved = False
                 if self.policy.trial and not self.on_trial:
                     self.spawns.clear()
                 self.on_trial = bool(self.policy.trial)
                 self.spawns.append(self.now)
-                self.policy.spawned(self.now)
+                self.policy.spawned(self.now, self.outside)
             if do in ("adopt", "revert"):
                 self.outcomes += 1
-            if do == "revert":
-                self.spawns.clear()  # another plan has a budget of its own
+            if do in ("revert", "rollback"):
+                self.spawns.clear()  # another plan, another backend has a budget of its own
             # What outlives a SIGKILL after its leader is at last given up: zombies that nobody reaps.
             self.killed |= do == "kill"
 
@@ -202,6 +211,34 @@ class AnyOrder(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         self.take(self.policy.tick(self.now))
+
+    @rule(seconds=st.sampled_from([0.0, 0.001, 0.1, 5.0]))
+    def works(self, seconds: float) -> None:
+        self.cpu_s += seconds
+
+    @rule(outside=st.booleans())
+    def the_next_server_has_a_channel(self, outside: bool) -> None:
+        self.outside = outside
+
+    @precondition(lambda self: self.alive)
+    @rule(in_flight=st.integers(0, 2), moved=st.booleans(), rss=st.sampled_from([10, 999, 1001]))
+    def beats(self, in_flight: int, moved: bool, rss: int) -> None:
+        self.counter += moved
+        beat = {"in_flight": in_flight, "processed_tokens": self.counter, "rss_bytes": rss}
+        serving = self.policy.state in ("ready", "degraded")
+        decisions = self.policy.beat(self.now, beat)
+        self.take(decisions)
+        if moved and rss <= 1000:
+            assert not decisions, "a server that gets on was ended"
+        if decisions:
+            assert serving
+            assert self.policy.ending == self.policy.last_error
+            assert self.policy.state == "restarting"
+
+    @precondition(lambda self: self.alive)
+    @rule(answers=st.booleans())
+    def is_asked(self, answers: bool) -> None:
+        self.take(self.policy.answered(self.now) if answers else self.policy.refused(self.now))
 
     @rule(jitter=st.floats(0, 1))
     def chance(self, jitter: float) -> None:
@@ -211,6 +248,8 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(kind=st.sampled_from(["loading", "ready", "fault"]))
     def message(self, kind: str) -> None:
         if kind == "ready":
+            if not self.proved:
+                self.proved, self.ready_at = True, self.now
             self.take(self.policy.ready(self.now))
         elif kind == "fault":
             self.take(self.policy.fault(self.now, "fault"))
@@ -221,7 +260,12 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(left=st.booleans())
     def exits(self, left: bool) -> None:
         self.alive, self.left = False, left
-        self.check_delay(self.policy.exited(self.now, "died", left))
+        serving = self.policy.state in ("ready", "degraded")
+        decisions = self.policy.exited(self.now, "died", left)
+        self.check_delay(decisions)
+        if serving and not left and self.stop_asked is None and self.now - self.ready_at >= self.rules_.window_s:
+            assert "wait" in dos(decisions), "what was long ago counted"
+            assert until_due(self.policy) == self.now
 
     @precondition(lambda self: self.left)
     @rule()
@@ -234,11 +278,11 @@ class AnyOrder(RuleBasedStateMachine):
         if "wait" in dos(decisions):
             assert until_due(self.policy) - self.now <= self.rules_.backoff_max_s * (1 + JITTER)
 
-    @rule(drain_s=st.sampled_from([0.0, 1.0, 10.0]))
-    def switch(self, drain_s: float) -> None:
+    @rule(drain_s=st.sampled_from([0.0, 1.0, 10.0]), to_fallback=st.booleans())
+    def switch(self, drain_s: float, to_fallback: bool) -> None:
         if not (self.policy.finished or self.policy.trial or self.policy.draining):
             self.trials += 1
-            self.take(self.policy.switch(self.now, drain_s, self.rules_))
+            self.take(self.policy.switch(self.now, drain_s, self.rules_, to_fallback))
             assert self.policy.trial
 
     @rule(drain_s=st.sampled_from([0.0, 1.0, 10.0]))
@@ -251,7 +295,13 @@ class AnyOrder(RuleBasedStateMachine):
     @invariant()
     def a_server_is_only_ready_while_it_lives(self) -> None:
         if not self.policy.finished:
-            assert self.policy.state != "ready" or self.alive
+            serves = self.policy.state in ("ready", "degraded")
+            assert not serves or (self.alive and self.proved)
+            assert not serves or (self.policy.state == "degraded") is self.policy.on_fallback
+
+    @invariant()
+    def what_failed_has_a_reason(self) -> None:
+        assert self.policy.state not in ("failed", "restarting") or self.policy.last_error or self.on_trial_or_switched
 
     @invariant()
     def restarts_stay_within_the_budget(self) -> None:
@@ -266,6 +316,10 @@ class AnyOrder(RuleBasedStateMachine):
     @invariant()
     def something_is_always_due_or_alive(self) -> None:
         assert self.policy.finished or self.policy.deadline is not None or self.alive
+
+    @property
+    def on_trial_or_switched(self) -> bool:
+        return self.policy.trial is not None or self.trials > 0
 
     def teardown(self) -> None:
         """Whatever happened, a stop ends, within a time that can be told beforehand, even if no process ever reacts."""

@@ -22,7 +22,7 @@ def test_a_switch_drains_and_starts_the_next_plan_without_calling_it_a_crash() -
     policy = on_trial()
     assert (policy.state, policy.trial, policy.restarts, policy.last_error) == ("restarting", "starting", 0, None)
     assert dos(policy.ready(3.0)) == ["adopt"]
-    assert (policy.state, policy.trial, policy.deadline) == ("ready", None, None)
+    assert (policy.state, policy.trial) == ("ready", None)
 
 
 def test_a_switch_has_the_ladder_of_a_stop() -> None:
@@ -76,9 +76,11 @@ def test_a_crash_loop_on_trial_brings_back_the_plan_before_with_its_rules() -> N
 
 
 def test_silence_on_trial_is_bounded_and_progress_moves_the_bound() -> None:
-    policy = on_trial(RULES._replace(silence_s=5.0))
+    policy = on_trial(RULES._replace(hang_s=5.0))
+    policy.progressed(2.0, "loading", 0)
     assert until_due(policy) == 7.0
-    policy.progressed(6.0)
+    policy.progressed(6.0, "loading", 1)
+    policy.progressed(8.0, "loading", 1)  # no byte more
     assert until_due(policy) == 11.0
     assert dos(policy.tick(11.0)) == ["term"]
     assert policy.ready(11.5) == []
@@ -86,9 +88,8 @@ def test_silence_on_trial_is_bounded_and_progress_moves_the_bound() -> None:
     assert policy.last_error == "the server showed no progress for 5 s (hangTimeout)"
 
 
-def test_silence_is_no_fault_of_the_first_plan_nor_without_a_bound() -> None:
-    assert policy_at_work(RULES._replace(silence_s=5.0)).deadline is None
-    assert on_trial(RULES._replace(silence_s=0.0)).deadline is None
+def test_silence_has_no_bound_where_there_is_none() -> None:
+    assert on_trial(RULES._replace(hang_s=0.0)).deadline is None
 
 
 def test_one_switch_at_a_time() -> None:

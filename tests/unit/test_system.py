@@ -100,3 +100,18 @@ def test_a_holder_that_the_system_does_not_name(monkeypatch: pytest.MonkeyPatch)
     anonymous = SimpleNamespace(status="LISTEN", laddr=SimpleNamespace(port=5), pid=None)
     monkeypatch.setattr(psutil, "net_connections", lambda kind: [anonymous, anonymous])
     assert system.port_holders(5) == [{"pid": None, "name": "a program of another user", "cmdline": ""}]
+
+
+def test_the_processor_time_of_a_group_counts_all_of_it_and_only_grows() -> None:
+    burn = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass\n"
+    code = f"import subprocess, sys\n{burn}subprocess.run([sys.executable, '-c', {burn!r}])\nprint(flush=True)\ninput()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        used = system.group_cpu_s(process.pid)
+        assert used is not None
+        assert 0.5 <= used < 10
+        process.kill()
+    assert system.group_cpu_s(process.pid) is None
