@@ -19,12 +19,11 @@ import threading
 import time
 from typing import TYPE_CHECKING, NoReturn
 
-import psutil
-
 from mlx_launcher.host.channel import Channel, Message
 from mlx_launcher.host.engine import Counters, where
 from mlx_launcher.host.errors import ModelFault
 from mlx_launcher.host.logs import log_without_blocking
+from mlx_launcher.host.reports import Reports
 from mlx_launcher.host.settings import Settings
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ log = logging.getLogger("mlx_launcher.host")
 
 BEAT_S = 1.0
 CHANGE_S = 0.05  # changes of what is in flight are told at most this often
-PROGRESS_S = 0.1  # and progress of a load
 STOP_GRACE_S = 3.0  # how long clients that are being told of a stop may take to hear it
 UNREAD_GRACE_S = 1.0  # how long a connection without a request may keep a drain waiting
 
@@ -68,9 +66,7 @@ class _Host:
         self._activated: queue.SimpleQueue[Settings] = queue.SimpleQueue()
         self._counters = Counters()
         self._service: Service | None = None
-        self._process = psutil.Process()
-        self._phase = ""
-        self._phase_told = 0.0
+        self._reports = Reports(channel)
         self._beat_told = 0.0
 
     def main(self) -> int:
@@ -98,13 +94,13 @@ class _Host:
 
     def _start(self) -> None:
         try:
-            self._tell_phase("importing", None, None)
+            self._reports.phase("importing", None, None)
             try:
                 from mlx_launcher.host.legacy_service import Service
             except ImportError as error:
                 raise ModelFault(f"mlx-lm cannot be imported: {error}", "Install mlx-launcher again.") from error
-            service = Service(self._activated.get(), self._listeners, self._tell_phase)
-            self._tell_phase("proving", None, None)
+            service = Service(self._activated.get(), self._listeners, self._reports.phase)
+            self._reports.phase("proving", None, None)
             service.prove()
             self._inbox.put(service)
         except ModelFault as fault:
@@ -154,32 +150,9 @@ class _Host:
             listener.close()
         os._exit(1)
 
-    def _tell_phase(self, phase: str, done: int | None, total: int | None) -> None:
-        now = time.monotonic()
-        if phase == self._phase and done != total and now - self._phase_told < PROGRESS_S:
-            return
-        self._phase, self._phase_told = phase, now
-        self._channel.send({"type": "phase", "phase": phase, "done": done, "total": total})
-
     def _changed(self) -> bool:
         return self._counters.last_activity > self._beat_told
 
     def _beat(self) -> None:
         self._beat_told = time.monotonic()
-        counters = self._counters
-        self._channel.send(
-            {
-                "type": "beat",
-                "in_flight": counters.in_flight,
-                "queued": counters.queued,
-                "requests": counters.requests,
-                "prompt_tokens": counters.prompt_tokens,
-                "cached_tokens": counters.cached_tokens,
-                "completion_tokens": counters.completion_tokens,
-                "processed_tokens": counters.processed_tokens,
-                "idle_s": round(time.monotonic() - counters.last_activity, 1),
-                "rss_bytes": self._process.memory_info().rss,
-                "kv_cache": None,
-                "notes": [],
-            }
-        )
+        self._reports.beat(self._counters, None)

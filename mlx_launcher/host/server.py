@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
-import psutil
 import uvicorn
 
 from mlx_launcher.host.app import App
@@ -20,6 +19,7 @@ from mlx_launcher.host.engine import Engine, Runtime
 from mlx_launcher.host.errors import ModelFault
 from mlx_launcher.host.logs import log_without_blocking
 from mlx_launcher.host.proof import prove
+from mlx_launcher.host.reports import Reports
 from mlx_launcher.host.settings import Settings
 
 log = logging.getLogger("mlx_launcher.host")
@@ -27,8 +27,6 @@ log = logging.getLogger("mlx_launcher.host")
 BEAT_S = 1.0
 # A change of what is in flight is told between beats, at most this often.
 CHANGE_S = 0.05
-# Progress of a load is told at most this often.
-PROGRESS_S = 0.1
 # How long clients that are being told of a stop may take to hear it.
 STOP_GRACE_S = 3.0
 
@@ -74,9 +72,7 @@ class _Host:
     def __init__(self, channel: Channel, listeners: list[socket.socket]) -> None:
         self._channel = channel
         self._listeners = listeners
-        self._process = psutil.Process()
-        self._phase = ""
-        self._phase_told = 0.0
+        self._reports = Reports(channel)
 
     async def main(self) -> int:
         self._loop = asyncio.get_running_loop()
@@ -86,7 +82,7 @@ class _Host:
         self._loaded: asyncio.Future[None] = self._loop.create_future()
         self._engine = Engine(
             _runtime,
-            on_phase=self._tell_phase,
+            on_phase=self._reports.phase,
             on_loaded=lambda error: self._loop.call_soon_threadsafe(self._on_loaded, error),
             on_change=lambda: self._loop.call_soon_threadsafe(self._changed.set),
             on_death=self._engine_died,
@@ -130,7 +126,7 @@ class _Host:
         self._engine.activate(settings)
         await self._loaded
         app = App(self._engine, settings)
-        self._tell_phase("proving", None, None)
+        self._reports.phase("proving", None, None)
         await prove(app, settings)
         self._engine.forget_proof()
         config = uvicorn.Config(
@@ -186,32 +182,9 @@ class _Host:
         self._channel.send({"type": "fault", "reason": f"the engine's thread ended: {what}", "hint": ""})
         self._orphaned()
 
-    def _tell_phase(self, phase: str, done: int | None, total: int | None) -> None:
-        now = time.monotonic()
-        if phase == self._phase and done != total and now - self._phase_told < PROGRESS_S:
-            return
-        self._phase, self._phase_told = phase, now
-        self._channel.send({"type": "phase", "phase": phase, "done": done, "total": total})
-
     async def _beat(self) -> None:
         while True:
-            counters = self._engine.counters
-            self._channel.send(
-                {
-                    "type": "beat",
-                    "in_flight": counters.in_flight,
-                    "queued": counters.queued,
-                    "requests": counters.requests,
-                    "prompt_tokens": counters.prompt_tokens,
-                    "cached_tokens": counters.cached_tokens,
-                    "completion_tokens": counters.completion_tokens,
-                    "processed_tokens": counters.processed_tokens,
-                    "idle_s": round(time.monotonic() - counters.last_activity, 1),
-                    "rss_bytes": self._process.memory_info().rss,
-                    "kv_cache": self._engine.kv_cache(),
-                    "notes": [],
-                }
-            )
+            self._reports.beat(self._engine.counters, self._engine.kv_cache())
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), BEAT_S)
