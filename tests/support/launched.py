@@ -23,9 +23,11 @@ def processes_naming(text: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
+            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+                continue
             if text in " ".join(process.cmdline()) or text in " ".join(process.environ().values()):
                 found.append(process)
-    return [process for process in found if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE]
+    return found
 
 
 class Reply:
