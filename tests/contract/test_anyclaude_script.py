@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from support.launched import ROOT, Launcher, chat, processes_naming
 from support.waiting import until
@@ -68,8 +69,6 @@ class AnyClaude:
 
     def spawned(self) -> int:
         """The process group that anyclaude ends."""
-        import psutil
-
         (child,) = psutil.Process(self.process.pid).children()
         return int(child.pid)
 
