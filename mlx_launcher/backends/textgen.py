@@ -38,12 +38,14 @@ def host(serving: Serving, settings: Settings, name: Literal["textgen", "legacy"
             "max_queue": settings["maxQueue"],
             "max_body_bytes": defaults.MAX_BODY_BYTES,
             "prefill_batch": defaults.PREFILL_BATCH,
+            "warmup": [str(settings.base("warmup.promptFiles", "/") / file) for file in settings["warmup.promptFiles"]],
             "cache": {
                 "enabled": settings["cache.enable_cache"],
-                "dir": cache or str(serving.instance / "kvcache"),
+                "dir": cache or str(serving.instance.parent / "kvcache"),
                 "slots": settings["cache.cache_slots"],
                 "min_tokens": settings["cache.min_tokens_for_cache"],
                 "memory_bytes": settings["cache.memoryBytes"],
+                "max_bytes": settings["cache.maxBytes"],
             },
         },
     }

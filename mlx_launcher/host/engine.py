@@ -4,13 +4,14 @@ MLX streams are thread-local since mlx 0.31.2: what is imported, loaded and run 
 "There is no Stream(gpu, 0) in current thread" (ml-explore/mlx issue 3727), so the thread imports mlx itself.
 """
 
+import contextlib
 import logging
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from mlx_launcher.host.errors import ModelFault, QueueFullError, RequestError
 from mlx_launcher.host.events import Event
@@ -52,8 +53,18 @@ class Runtime(Protocol):
     def generate(self, request: Generation, cancelled: threading.Event, counters: Counters) -> Iterator[Event]:
         """Yields the events of one request; looks at `cancelled` at least once a prefill batch and once a token."""
 
+    def rest(self, wanted: threading.Event) -> float | None:
+        """Called after each answer, and again while nobody asks: does a little of what can wait, and with `wanted` set only what
+        cannot. Seconds until there is more to do, None for nothing before the next request."""
+
+    def flush(self) -> None:
+        """Brings to the disk what is only in memory: the server ends."""
+
     def kv_cache(self) -> dict[str, Any] | None:
         """What `status` shows of the KV cache; called from other threads, so it only reads."""
+
+    def notes(self) -> list[str]:
+        """What else `status` should say; called from other threads."""
 
 
 class Engine:
@@ -80,7 +91,10 @@ class Engine:
         self._on_death = on_death
         self._runtime: Runtime | None = None
         self._activated: queue.SimpleQueue[Settings] = queue.SimpleQueue()
-        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | Literal["rest", "flush"]] = queue.SimpleQueue()
+        self._wanted = threading.Event()  # somebody waits for the thread
+        self._flushed = threading.Event()
+        self._may_rest = False
         self._max_queue = 0
         self._live: dict[int, Job] = {}
         self._lock = threading.Lock()
@@ -95,15 +109,28 @@ class Engine:
         self._activated.put(settings)
 
     def forget_proof(self) -> None:
-        """Starts the counters anew, so that they count what users ask; to be called before the first client is accepted."""
-        self.counters = Counters()
+        """Starts the counters anew, so that they count what users ask; to be called before the first client is accepted.
 
-    @property
-    def busy(self) -> bool:
-        return bool(self._live)
+        From here on the runtime may use the thread while nobody does.
+        """
+        self.counters = Counters()
+        self._may_rest = True
+        self._jobs.put("rest")
 
     def kv_cache(self) -> dict[str, Any] | None:
         return self._runtime.kv_cache() if self._runtime is not None else None
+
+    def notes(self) -> list[str]:
+        return self._runtime.notes() if self._runtime is not None else []
+
+    def flush(self) -> None:
+        """Has the thread bring the KV cache to the disk when its jobs are done; `flushed` tells."""
+        self._jobs.put("flush")
+        self._wanted.set()
+
+    @property
+    def flushed(self) -> bool:
+        return self._flushed.is_set()
 
     def submit(self, job: Job) -> None:
         """Queues a job; raises QueueFullError beyond `max_queue` waiting ones."""
@@ -113,6 +140,7 @@ class Engine:
             self._live[id(job)] = job
             self._count(in_flight=self.counters.in_flight)
         self._jobs.put(job)
+        self._wanted.set()
 
     def cancel_all(self) -> None:
         """Ends all work within one prefill batch or one token; each job is told by its final None."""
@@ -138,11 +166,35 @@ class Engine:
         self._on_loaded(None)
         try:
             while True:
-                self._run(runtime, self._jobs.get())
+                job = self._next(runtime)
+                if job == "flush":
+                    runtime.flush()
+                    self._flushed.set()
+                elif job != "rest":
+                    self._run(runtime, job)
+                    self._rest(runtime)
         except BaseException as error:
             # Nothing would ever be answered again; the supervisor has to hear of it.
             self._on_death(where(error))
             raise
+
+    def _next(self, runtime: Runtime) -> Job | Literal["rest", "flush"]:
+        """The next job; until one comes, the runtime does what could wait."""
+        wait: float | None = 0.0
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._jobs.get(timeout=wait)
+            self._wanted.clear()
+            if self._jobs.empty():
+                wait = self._rest(runtime) if self._may_rest else None
+
+    def _rest(self, runtime: Runtime) -> float | None:
+        try:
+            return runtime.rest(self._wanted)
+        except Exception as error:
+            # Nobody waits for it; the next request gets its own chance.
+            log.error("work in the background failed: %s", where(error))
+            return None
 
     def _run(self, runtime: Runtime, job: Job) -> None:
         with self._lock:

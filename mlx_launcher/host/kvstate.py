@@ -1,73 +1,227 @@
-"""Between the model's state in memory and the entries on disk."""
+"""The model's states: the last ones in memory, and the entries on disk behind them.
+
+A follow-up of what is in memory costs its new tokens. What is new is written when nobody waits for an answer.
+"""
 
 import copy
 import logging
-from collections.abc import Sequence
-from pathlib import Path
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache, can_trim_prompt_cache, load_prompt_cache, save_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import KVCache, trim_prompt_cache
 
-from mlx_launcher.kvcache.store import Store
+from mlx_launcher.host.kvfiles import (
+    State,
+    is_plain,
+    plain_state,
+    plain_tensors,
+    state_bytes,
+    whole_state,
+    whole_tensors,
+)
+from mlx_launcher.kvcache.store import Match, Store
+from mlx_launcher.kvcache.tree import WIDTH, common_prefix, pack
 
 log = logging.getLogger("mlx_launcher.host")
 
-State = list[Any]  # mlx-lm's caches, one for each layer
+# A state may be taken over by a prompt that leaves off so little of its end; else a copy is gone on from, and both stay.
+SHORT_TAIL = 256
+# Fewer new tokens are written only when the server ends: running them again takes less than a file.
+MIN_NEW = 32
+# One write at most, so that a request which comes meanwhile waits for no more: about 50 ms on an SSD of 1.3 GB/s.
+STEP_BYTES = 64 << 20
+# A whole state is written again with every turn, so only when the conversation seems to rest.
+REST_S = 10.0
+# After a write that failed: a disk that is full now is likely full in a second.
+RETRY_S = 30.0
+
+
+@dataclass(eq=False)
+class _Hot:
+    """A state that holds exactly `tokens`."""
+
+    tokens: bytes
+    state: State
+    size: int
+    kept_at: float
+    saved: bool = False
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens) // WIDTH
 
 
 class KVStates:
-    """Restores and keeps states of one model; without a store every prompt is run whole."""
+    """Restores and keeps states of one model, at most `memory_bytes` of them in memory; prompts below `min_tokens` are not kept.
 
-    def __init__(self, make_empty: Any, store: Store | None) -> None:
+    `store` None: nothing is on disk, for the reason in `problem`, if there is one. Called on the engine's thread, but for
+    `summary`.
+    """
+
+    def __init__(
+        self,
+        make_empty: Callable[[], State],
+        store: Store | None,
+        memory_bytes: int,
+        min_tokens: int,
+        problem: str | None = None,
+    ) -> None:
         self._make_empty = make_empty
         self._store = store
+        self._memory_bytes = memory_bytes
+        self._min_tokens = min_tokens
+        self._problem = problem
+        self._hot: list[_Hot] = []  # the most recently used one last
+        self._retry_at = 0.0
 
     def restore(self, tokens: Sequence[int]) -> tuple[State, int]:
         """A state to go on from, and how many of the prompt's tokens it holds already: 0 to all but one."""
-        while self._store and (found := self._store.find(tokens)):
-            entry, usable = found
+        hot, shared = self._hottest(pack(tokens))
+        while self._store and (match := self._store.find(tokens)) and match.usable > shared:
             try:
-                state = load_prompt_cache(str(entry.path))
-                trim = entry.length - usable
-                if trim:
-                    trim_prompt_cache(state, trim)
-                mx.eval([layer.state for layer in state if not layer.empty()])
-            except (OSError, RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
-                log.warning("a KV cache entry cannot be read and is set aside: %s: %s", entry.path.name, error)
-                self._store.set_aside(entry)
-                continue
-            return state, usable
+                return self._read(match), match.usable
+            except (OSError, RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+                self._put_aside(self._store, match, error)
+        if hot is not None:
+            return self._take(hot, shared), shared
         return self._make_empty(), 0
 
     def keep(self, state: State, tokens: Sequence[int]) -> None:
-        """Keeps a state that holds exactly `tokens`. A disk that does not take it costs the next request its speed only."""
-        if self._store is None:
+        """Keeps a state that holds exactly `tokens`, for now in memory."""
+        if len(tokens) < self._min_tokens:
             return
+        packed = pack(tokens)
+        self._hot = [hot for hot in self._hot if not (is_plain(hot.state) and packed.startswith(hot.tokens))]
+        self._hot.append(_Hot(packed, state, state_bytes(state), time.monotonic()))
 
-        def write(path: Path) -> None:
-            try:
-                for layer in state:
-                    _drop_spare_room(layer)
-                save_prompt_cache(
-                    str(path), state, {"tokens": " ".join(map(str, tokens)), "trimmable": str(int(trimmable))}
-                )
-            except RuntimeError as error:  # mlx reports a failed write so
-                raise OSError(str(error)) from error
+    def evict(self) -> None:
+        """Takes out of memory what is too much for it, once it is written."""
+        while sum(hot.size for hot in self._hot) > self._memory_bytes and self._hot:
+            self._flush(self._hot[0])
+            del self._hot[0]
 
-        trimmable = can_trim_prompt_cache(state)
-        try:
-            self._store.add(tokens, trimmable, write)
-        except OSError as error:
-            log.warning("the KV cache was not saved: %s", error)
+    def save(self, *, everything: bool = False) -> float | None:
+        """Writes at most one piece of what is only in memory; seconds until there is more to do, None for nothing more.
+
+        `everything`: also what would be waited with, because the server ends.
+        """
+        if self._store is None:
+            return None
+        now = time.monotonic()
+        if now < self._retry_at:
+            return None if everything else self._retry_at - now
+        rest = None
+        for hot in reversed(self._hot):
+            if hot.saved and not (everything and is_plain(hot.state)):
+                continue
+            wait = 0.0 if everything or is_plain(hot.state) else hot.kept_at + REST_S - now
+            if wait > 0:
+                rest = min(wait, rest or wait)
+            elif self._write(hot, 1 if everything else MIN_NEW):
+                return 0.0
+        return rest
 
     def summary(self) -> dict[str, Any] | None:
-        return self._store.summary() if self._store else None
+        """What `status` shows."""
+        in_memory = {"memory_bytes": sum(hot.size for hot in list(self._hot)), "problem": self._problem}
+        if self._store is None:
+            return in_memory if self._memory_bytes else None
+        return {**self._store.summary(), **in_memory}
 
+    # -- in memory
 
-def is_plain(state: State) -> bool:
-    """Whether any prefix can be had from a state later: else it has to be copied at the point that the next turn starts from."""
-    return all(type(layer) is KVCache for layer in state)
+    def _hottest(self, wanted: bytes) -> tuple[_Hot | None, int]:
+        best: tuple[_Hot | None, int] = None, 0
+        room = len(wanted) // WIDTH - 1
+        for hot in self._hot:
+            shared = min(common_prefix(hot.tokens, wanted), room)
+            if (is_plain(hot.state) or shared == hot.length) and shared > best[1]:
+                best = hot, shared
+        return best
+
+    def _take(self, hot: _Hot, shared: int) -> State:
+        self._hot.remove(hot)
+        if not is_plain(hot.state):
+            self._hot.append(hot)
+            # Arrays are shared until one of them is written to.
+            return copy.deepcopy(hot.state)
+        if hot.length - shared <= SHORT_TAIL:
+            trim_prompt_cache(hot.state, hot.length - shared)
+            return hot.state
+        self._hot.append(hot)
+        return [_prefix(layer, shared) for layer in hot.state]
+
+    # -- on disk
+
+    def _read(self, match: Match) -> State:
+        segment = match.segment
+        state = (
+            whole_state(segment)
+            if segment.whole
+            else plain_state(len(self._make_empty()), segment.line(), match.usable)
+        )
+        mx.eval([layer.state for layer in state if not layer.empty()])
+        return state
+
+    def _put_aside(self, store: Store, match: Match, error: Exception) -> None:
+        line = match.segment.line()
+        # Which file of the line it was is not told by every error: the first that cannot be read by itself, else the last.
+        broken = next((segment for segment in line if not _loads(segment.path)), match.segment)
+        log.warning("a KV cache entry cannot be read and is set aside: %s: %s", broken.path.name, error)
+        store.set_aside(broken)
+
+    def _flush(self, hot: _Hot) -> None:
+        """Before a state leaves the memory."""
+        while self._store and not hot.saved and time.monotonic() >= self._retry_at:
+            self._write(hot, MIN_NEW)
+
+    def _write(self, hot: _Hot, min_new: int) -> bool:
+        """Writes one piece; False where nothing was left to write, or it could not be."""
+        store = self._store
+        if store is None:
+            return False
+        tokens = memoryview(hot.tokens).cast("i").tolist()
+        try:
+            if is_plain(hot.state):
+                return self._write_new(store, hot, tokens, min_new)
+            hot.saved = True
+            if store.has_whole(tokens):
+                return False
+            tensors, metadata = whole_tensors(hot.state)
+            room = store.add_whole(tokens, tensors, metadata)
+        except OSError as error:
+            self._retry_at = time.monotonic() + RETRY_S
+            hot.saved = False
+            self._tell(f"the KV cache is not saved: {error.strerror or error}")
+            return False
+        self._tell(None if room else self._no_room())
+        return room
+
+    def _write_new(self, store: Store, hot: _Hot, tokens: list[int], min_new: int) -> bool:
+        after = store.held(tokens)
+        start = after.usable if after else 0
+        if len(tokens) - start < min_new:
+            hot.saved = True
+            return False
+        per_token = hot.size / max(hot.state[0].keys.shape[2], 1)
+        end = min(len(tokens), start + max(256, int(STEP_BYTES / per_token)))
+        room = store.add(after, tokens[start:end], plain_tensors(hot.state, start, end))
+        hot.saved = end == len(tokens) or not room
+        self._tell(None if room else self._no_room())
+        return room
+
+    def _no_room(self) -> str:
+        return (
+            "the KV cache is not saved: the conversation is larger than what it may take of the disk (cache.maxBytes)"
+        )
+
+    def _tell(self, problem: str | None) -> None:
+        if problem and problem != self._problem:
+            log.warning("%s", problem)
+        self._problem = problem
 
 
 def snapshot(state: State) -> State:
@@ -75,7 +229,15 @@ def snapshot(state: State) -> State:
     return copy.deepcopy(state)
 
 
-def _drop_spare_room(layer: Any) -> None:
-    """mlx-lm allocates 256 tokens at a time; what lies beyond the last one would be written too."""
-    if type(layer) is KVCache and layer.keys is not None:
-        layer.state = (layer.keys[..., : layer.offset, :], layer.values[..., : layer.offset, :], layer.offset)
+def _prefix(layer: KVCache, length: int) -> KVCache:
+    prefix = KVCache()
+    prefix.state = (layer.keys[..., :length, :], layer.values[..., :length, :], length)
+    return prefix
+
+
+def _loads(path: Any) -> bool:
+    try:
+        mx.eval(mx.load(str(path)))
+    except (OSError, RuntimeError, ValueError):
+        return False
+    return True

@@ -29,7 +29,7 @@ class Reports:
         self._phase, self._told = phase, now
         self._channel.send({"type": "phase", "phase": phase, "done": done, "total": total})
 
-    def beat(self, counters: Counters, kv_cache: dict[str, Any] | None) -> None:
+    def beat(self, counters: Counters, kv_cache: dict[str, Any] | None, notes: list[str]) -> None:
         """That the host lives, and what it has done so far."""
         self._channel.send(
             {
@@ -44,6 +44,6 @@ class Reports:
                 "idle_s": round(time.monotonic() - counters.last_activity, 1),
                 "rss_bytes": self._process.memory_info().rss,
                 "kv_cache": kv_cache,
-                "notes": [],
+                "notes": notes,
             }
         )

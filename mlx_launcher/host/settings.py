@@ -4,10 +4,10 @@ from typing import TypedDict
 
 
 class CacheSettings(TypedDict):
-    """The KV cache: on disk, the legacy server's in memory. `slots`: entries kept, least recently used out first.
+    """The KV cache: in memory and, but for the legacy server's, on disk. `slots`: entries kept, least recently used out first.
 
-    On disk alone: `dir`, and `min_tokens`: shorter prompts are not kept. In memory alone: `memory_bytes`; None is a share of
-    the machine's memory.
+    `memory_bytes`: in memory; None is a share of the machine's memory. On disk alone: `dir`; `max_bytes`, of all models
+    together, None is a share of the free disk; `min_tokens`: shorter prompts are not kept.
     """
 
     enabled: bool
@@ -15,6 +15,7 @@ class CacheSettings(TypedDict):
     slots: int
     min_tokens: int
     memory_bytes: int | None
+    max_bytes: int | None
 
 
 class Settings(TypedDict):
@@ -29,4 +30,5 @@ class Settings(TypedDict):
     max_queue: int
     max_body_bytes: int
     prefill_batch: int
+    warmup: list[str]  # files with a request's body each, to be run through the model before somebody asks
     cache: CacheSettings

@@ -7,12 +7,12 @@ never fire streamed tool calls. What stands in this package instead is the layer
 import functools
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
+import psutil
 from mlx_lm.generate import wired_limit
 from pydantic import ValidationError
 
@@ -23,26 +23,27 @@ from mlx_launcher.host.decoding import Sequence
 from mlx_launcher.host.engine import Counters
 from mlx_launcher.host.errors import ModelFault, RequestError
 from mlx_launcher.host.guided import Guides, guide_grammar, tool_call_grammar
-from mlx_launcher.host.kvstate import KVStates, State, is_plain, snapshot
+from mlx_launcher.host.kvfiles import State
+from mlx_launcher.host.kvstate import KVStates
+from mlx_launcher.host.prefill import Prefill
 from mlx_launcher.host.reading import reader_for
 from mlx_launcher.host.requests import Generation
 from mlx_launcher.host.settings import Settings
 from mlx_launcher.host.styles import Style, detect
+from mlx_launcher.host.warmup import Warmup
 from mlx_launcher.host.weights import read_weights
-from mlx_launcher.kvcache.store import Store
+from mlx_launcher.kvcache.store import Limits, default_max_bytes, open_store
 from mlx_launcher.models.directory import BrokenModelError, check
 from mlx_launcher.models.facts import facts, why_not_textgen
 from mlx_launcher.models.fingerprint import fingerprint
 
 log = logging.getLogger("mlx_launcher.host")
 
+# Of the machine's memory, for the states that stay in it.
+MEMORY_SHARE = 8
+
 # mlx-textgen's own default where a client names no limit.
 DEFAULT_MAX_TOKENS = 4096
-
-# Progress is seen, and a client's leaving acted on, once a batch: one that takes longer than this is halved from then on, so
-# that a large model on a slow machine is never mistaken for one that hangs (`hangTimeout`, 120 s by default).
-SLOW_BATCH_S = 5.0
-MIN_BATCH = 32
 
 
 class Textgen:
@@ -53,7 +54,8 @@ class Textgen:
         self._guides: Guides
         self._style: Style | None
         self._states: KVStates
-        self._batch = 0
+        self._warmup: Warmup
+        self._prefill: Prefill
         self._context: int | None = None
         self._eos: set[int] = set()
 
@@ -74,11 +76,9 @@ class Textgen:
         except ValueError as error:
             raise ModelFault(f"{path} cannot be loaded: {error}") from error
         read_weights(self._model.model, total, progress)
-        cache = settings["cache"]
-        place = Path(cache["dir"]) / fingerprint(path)
-        store = Store(place, cache["slots"], cache["min_tokens"]) if cache["enabled"] else None
-        self._states = KVStates(self._model.get_empty_cache, store)
-        self._batch = settings["prefill_batch"]
+        self._states = _states(self._model.get_empty_cache, settings)
+        self._warmup = Warmup(settings["warmup"] if settings["cache"]["enabled"] else [])
+        self._prefill = Prefill(self._model, settings["prefill_batch"])
         self._guides = Guides(self._model.tokenizer)
         self._style = detect(self._model.tokenizer)
         self._context = self._model.config.get("max_position_embeddings")
@@ -89,6 +89,23 @@ class Textgen:
 
     def kv_cache(self) -> dict[str, Any] | None:
         return self._states.summary()
+
+    def notes(self) -> list[str]:
+        return self._warmup.notes()
+
+    def rest(self, wanted: threading.Event) -> float | None:
+        self._states.evict()
+        if wanted.is_set():
+            return 0.0
+        again = self._states.save()
+        if again == 0.0 or (request := self._warmup.next()) is None:
+            return again
+        self._warm(request, wanted)
+        return 0.0
+
+    def flush(self) -> None:
+        while self._states.save(everything=True) is not None:
+            pass
 
     def generate(self, request: Generation, cancelled: threading.Event, counters: Counters) -> Iterator[events.Event]:
         prompts = self._prompts(request)
@@ -161,7 +178,7 @@ class Textgen:
         counters.cached_tokens += cached
         yield events.Started(index, len(tokens), cached)
         with wired_limit(self._model.model, [GENERATION_STREAM]):
-            run = self._prefill(token_ids, state, cached, cancelled, counters)
+            run = self._prefill.run(token_ids, state, cached, cancelled, counters)
             if run.logits is None:
                 self._states.keep(state, tokens[: run.held])
                 return
@@ -171,6 +188,29 @@ class Textgen:
             self._states.keep(run.copy, tokens[:-1])
         else:
             self._states.keep(state, sequence.held_tokens())
+
+    def _warm(self, request: Generation, wanted: threading.Event) -> None:
+        """Brings a prompt into the cache, as far as it gets before somebody asks for the thread."""
+        try:
+            token_ids = self._model.prepare_inputs(self._prompts(request)[0])["input_ids"]
+            tokens: list[int] = token_ids[0].tolist()
+            self._fit(len(tokens), 1)
+        except RequestError as error:
+            self._warmup.skip(error.message)
+            return
+        state, cached = self._states.restore(tokens)
+        if cached == len(tokens) - 1:
+            self._states.keep(state, tokens[:cached])
+            self._warmup.done()
+            return
+        with wired_limit(self._model.model, [GENERATION_STREAM]):
+            run = self._prefill.run(token_ids, state, cached, wanted, Counters())
+        if run.copy is not None:
+            self._states.keep(run.copy, tokens[:-1])
+        else:
+            self._states.keep(state, tokens[: run.held])
+        if run.logits is not None:
+            self._warmup.done()
 
     def _fit(self, prompt_tokens: int, wanted: int | None) -> int:
         if self._context is None:
@@ -184,35 +224,23 @@ class Textgen:
             )
         return min(wanted or DEFAULT_MAX_TOKENS, self._context - prompt_tokens)
 
-    def _prefill(
-        self, token_ids: mx.array, state: State, held: int, cancelled: threading.Event, counters: Counters
-    ) -> "_Prefilled":
-        """Runs what the state does not hold yet, in batches; stops between two if the client left."""
-        copy: State | None = None
-        last = token_ids.shape[1] - 1
-        logits = None
-        while held <= last:
-            if cancelled.is_set():
-                return _Prefilled(None, held, None)
-            if held == last and not is_plain(state):
-                # The next turn begins with this prompt, and its last token has to be left to run.
-                copy = snapshot(state)
-            # The last token is run by itself, so that a prompt from the cache and one from nothing take the same path.
-            began = time.monotonic()
-            end = min(held + self._batch, last) if held < last else last + 1
-            logits = self._model._inference(token_ids[:, held:end], cache=state, mask=None)
-            mx.eval([layer.state for layer in state])
-            mx.clear_cache()
-            counters.processed_tokens += end - held
-            held = end
-            if time.monotonic() - began > SLOW_BATCH_S:
-                self._batch = max(MIN_BATCH, self._batch // 2)
-        return _Prefilled(logits, held, copy)
 
-
-class _Prefilled(NamedTuple):
-    """`logits` None: the client left, and the state holds the first `held` tokens."""
-
-    logits: mx.array | None
-    held: int
-    copy: State | None
+def _states(make_empty: Callable[[], State], settings: Settings) -> KVStates:
+    """The KV cache as it is set: a place that cannot be used costs what is kept there, and nothing else."""
+    cache, path = settings["cache"], Path(settings["model_path"])
+    if not cache["enabled"]:
+        return KVStates(make_empty, None, 0, cache["min_tokens"])
+    memory_bytes = cache["memory_bytes"]
+    if memory_bytes is None:
+        memory_bytes = psutil.virtual_memory().total // MEMORY_SHARE
+    root = Path(cache["dir"])
+    store, problem = None, None
+    try:
+        bound = cache["max_bytes"]
+        limits = Limits(cache["slots"], cache["min_tokens"], default_max_bytes(root) if bound is None else bound)
+        store = open_store(root, fingerprint(path), limits)
+        store.describe(settings["model_id"], path)
+    except OSError as error:
+        problem = f"the KV cache is not saved: {root}: {error.strerror or error}"
+        log.warning("%s", problem)
+    return KVStates(make_empty, store, memory_bytes, cache["min_tokens"], problem)

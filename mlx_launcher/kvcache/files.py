@@ -1,28 +1,84 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, in folders that one process at a time may use."""
 
+import fcntl
+import json
 import os
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from mlx_launcher.models.safetensors import TornFileError, data_start, read_metadata
 
 TEMPORARY = ".partial"
+TORN = "torn"
+LOCK = ".lock"
+SUFFIX = ".safetensors"
+_CHUNK = 1 << 20
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Has `write` fill a file beside `path`, flushes it to the disk, then renames it: a reader or a kill sees the old file or
-    the new one. The temporary name keeps the suffix, because mlx chooses a format by it. Raises OSError; nothing is left then.
+class Tensor(NamedTuple):
+    """One array as it is written: `dtype` as safetensors names it, `data` its bytes in row-major order."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+
+class Entry:
+    """A safetensors file to be, with the CRC-32 of its data in its metadata. `size`: its bytes."""
+
+    def __init__(self, metadata: dict[str, str], tensors: Iterable[Tensor]) -> None:
+        self._tensors = list(tensors)
+        crc, offset = 0, 0
+        header: dict[str, Any] = {}
+        for tensor in self._tensors:
+            crc, begin = zlib.crc32(tensor.data, crc), offset
+            offset += tensor.data.nbytes
+            header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, offset]}
+        raw = json.dumps({"__metadata__": {**metadata, "crc32": str(crc)}, **header}).encode()
+        raw += b" " * (-len(raw) % 8)
+        self._header = len(raw).to_bytes(8, "little") + raw
+        self.size = len(self._header) + offset
+
+    def write(self, path: Path) -> None:
+        """Whole or not at all, as `write_atomically`."""
+
+        def write(file: IO[bytes]) -> None:
+            file.write(self._header)
+            for tensor in self._tensors:
+                file.write(tensor.data)
+
+        write_atomically(path, write)
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Has `write` fill a file beside `path`, flushes it to the disk, then renames it: a kill or a power cut leaves the old file
+    or the new one. Raises OSError; nothing is left then.
     """
     partial = path.with_name(f"{TEMPORARY}-{os.getpid()}-{path.name}")
     try:
-        write(partial)
-        descriptor = os.open(partial, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        partial.chmod(0o600)
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def verify(path: Path) -> None:
+    """Reads all of a file. Raises TornFileError where it is not what was written, OSError where it cannot be read."""
+    wanted = read_metadata(path).get("crc32")
+    crc = 0
+    with path.open("rb") as file:
+        file.seek(data_start(path))
+        while chunk := file.read(_CHUNK):
+            crc = zlib.crc32(chunk, crc)
+    if str(crc) != wanted:
+        raise TornFileError(f"{path} is damaged: its data has the checksum {crc}, its header says {wanted}")
 
 
 def remove_leftovers(directory: Path) -> None:
@@ -33,8 +89,24 @@ def remove_leftovers(directory: Path) -> None:
 
 def set_aside(path: Path) -> Path:
     """Moves a torn file to `torn/` beside it, replacing an older one of the same name, and returns where it is now."""
-    aside = path.parent / "torn"
+    aside = path.parent / TORN
     aside.mkdir(mode=0o700, exist_ok=True)
     target = aside / path.name
     path.replace(target)
     return target
+
+
+class FolderLock:
+    """Held while a process uses a folder; ends with the process. Raises BlockingIOError where another one does."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._descriptor)
+            raise
+
+    def release(self) -> None:
+        os.close(self._descriptor)

@@ -29,6 +29,12 @@ def read_metadata(path: Path) -> dict[str, str]:
     return dict(_read(path).get("__metadata__", {}))
 
 
+def data_start(path: Path) -> int:
+    """Where the data of a file begins, in bytes."""
+    with path.open("rb") as file:
+        return _LENGTH.size + int(_LENGTH.unpack(file.read(_LENGTH.size))[0])
+
+
 def _read(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     with path.open("rb") as file:

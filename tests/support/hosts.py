@@ -32,6 +32,7 @@ class Host:
         max_file_bytes: int | None = None,
         deaf: bool = False,
         backend: str = "textgen",
+        preexec: Callable[[], None] | None = None,
         **environment: str,
     ) -> None:
         self.port = port
@@ -54,7 +55,7 @@ class Host:
             stdout=self._output,
             stderr=self._output,
             start_new_session=True,
-            preexec_fn=_limit_files(max_file_bytes) if max_file_bytes else None,
+            preexec_fn=_limit_files(max_file_bytes) if max_file_bytes else preexec,
         )
         theirs.close()
         self.listener = listener  # kept, as by a supervisor
@@ -69,12 +70,14 @@ class Host:
             "max_queue": 32,
             "max_body_bytes": 1 << 25,
             "prefill_batch": 512,
+            "warmup": [],
             "cache": {
                 "enabled": True,
                 "dir": str(cache_directory),
                 "slots": 10,
                 "min_tokens": 100,
                 "memory_bytes": None,
+                "max_bytes": None,
                 **(cache or {}),
             },
             **(settings or {}),
@@ -118,11 +121,14 @@ class Host:
                 self.say({"type": "drain"})
             assert self.process.wait(30) == 0, self.log()
         finally:
-            if self.process.poll() is None:
-                self.process.kill()
-                self.process.wait()
-            self.channel.close()
-            self.listener.close()
+            self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL, where it still runs; there is nothing left of it then."""
+        self.process.kill()
+        self.process.wait()
+        self.channel.close()
+        self.listener.close()
 
 
 def _limit_files(limit: int) -> Callable[[], None]:

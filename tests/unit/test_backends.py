@@ -48,10 +48,11 @@ def test_the_numbers_that_the_documentation_promises(model: Path, tmp_path: Path
     settings = plan["backend"]["settings"]
     assert settings["cache"] == {
         "enabled": True,
-        "dir": str(tmp_path / "state" / "8081" / "kvcache"),
+        "dir": str(tmp_path / "state" / "kvcache"),
         "slots": 10,
         "min_tokens": 100,
         "memory_bytes": None,
+        "max_bytes": None,
     }
     assert (settings["max_queue"], settings["accept_any_model"], settings["max_body_bytes"]) == (32, True, 33554432)
 

@@ -27,7 +27,8 @@ SETTINGS: Settings = {
     "max_queue": 2,
     "max_body_bytes": 2000,
     "prefill_batch": 512,
-    "cache": {"enabled": False, "dir": "/nowhere", "slots": 1, "min_tokens": 1, "memory_bytes": None},
+    "warmup": [],
+    "cache": {"enabled": False, "dir": "/nowhere", "slots": 1, "min_tokens": 1, "memory_bytes": None, "max_bytes": None},
 }
 
 

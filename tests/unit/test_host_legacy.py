@@ -91,7 +91,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         "max_queue": 1,
         "max_body_bytes": 100000,
         "prefill_batch": 512,
-        "cache": {"enabled": True, "dir": "", "slots": 3, "min_tokens": 1, "memory_bytes": 12345},
+        "warmup": [],
+        "cache": {"enabled": True, "dir": "", "slots": 3, "min_tokens": 1, "memory_bytes": 12345, "max_bytes": None},
     }
     with socket.create_server(("127.0.0.1", 0)) as listener:
         service = Service(settings, [listener], lambda *_: None)

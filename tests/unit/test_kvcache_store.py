@@ -1,136 +1,274 @@
-import json
+import itertools
 import os
-from collections.abc import Callable, Sequence
+import shutil
+from collections import namedtuple
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_launcher.kvcache.store import Store, common_prefix, pack
+from mlx_launcher.kvcache import store as store_module
+from mlx_launcher.kvcache.files import Tensor
+from mlx_launcher.kvcache.store import Limits, Match, Store, default_max_bytes, open_store
+from mlx_launcher.kvcache.tree import common_prefix, pack
 
-
-def entry_file(tokens: Sequence[int], trimmable: bool) -> bytes:
-    """A whole entry with one small tensor, and metadata as mlx-lm writes it."""
-    metadata = {"0.tokens": " ".join(map(str, tokens)), "0.trimmable": str(int(trimmable))}
-    tensor = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
-    header = json.dumps({"__metadata__": metadata, "x": tensor}).encode()
-    return len(header).to_bytes(8, "little") + header + bytes(16)
-
-
-def writer(tokens: Sequence[int], trimmable: bool = True) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        path.write_bytes(entry_file(tokens, trimmable))
-
-    return write
+BYTES_PER_TOKEN = 8
+ROOMY = Limits(slots=10, min_tokens=1, max_bytes=1 << 40)
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    return tmp_path / "kvcache"
+    return tmp_path / "kvcache" / "model"
 
 
-def kept(store: Store, tokens: Sequence[int], trimmable: bool = True) -> None:
-    store.add(tokens, trimmable, writer(tokens, trimmable))
+def tensor(count: int) -> Tensor:
+    return Tensor("x", "U8", (count * BYTES_PER_TOKEN,), memoryview(bytes(count * BYTES_PER_TOKEN)))
+
+
+def kept(store: Store, tokens: Sequence[int]) -> bool:
+    """As a host keeps them: only what no line holds yet."""
+    after = store.held(tokens)
+    new = tokens[after.usable if after else 0 :]
+    return not new or store.add(after, new, [tensor(len(new))])
+
+
+def kept_whole(store: Store, tokens: Sequence[int]) -> bool:
+    return store.add_whole(tokens, [tensor(1)], {"classes": "[]"})
 
 
 def usable(store: Store, tokens: Sequence[int]) -> int:
     found = store.find(tokens)
-    return found[1] if found else 0
+    return found.usable if found else 0
 
 
 def numbers(*ranges: tuple[int, int]) -> list[int]:
     return [number for start, end in ranges for number in range(start, end)]
 
 
+def files(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.safetensors"))
+
+
+def reopened(store: Store, limits: Limits = ROOMY) -> Store:
+    store.close()
+    return Store(store.directory, limits)
+
+
 def test_the_longest_match_wins_and_one_token_is_always_left_to_run(directory: Path) -> None:
-    store = Store(directory, slots=10, min_tokens=1)
+    store = Store(directory, ROOMY)
     kept(store, numbers((0, 1000), (5000, 6000)))
     kept(store, numbers((0, 2000)))
-    assert usable(store, numbers((0, 3000))) == 2000
-    assert usable(store, numbers((0, 1000), (5000, 5500), (9000, 9100))) == 1500
-    assert usable(store, numbers((0, 2000))) == 1999
-    assert usable(store, numbers((7, 100))) == 0
+    for opened in (store, reopened(store)):
+        assert usable(opened, numbers((0, 3000))) == 2000
+        assert usable(opened, numbers((0, 1000), (5000, 5500), (9000, 9100))) == 1500
+        assert usable(opened, numbers((0, 2000))) == 1999
+        assert usable(opened, numbers((7, 100))) == 0
+
+
+def test_a_turn_writes_its_new_tokens_and_nothing_else(directory: Path) -> None:
+    store = Store(directory, ROOMY)
+    sizes = []
+    for turn in range(1, 21):
+        before = store.summary()["bytes"]
+        kept(store, numbers((0, 500 * turn)))
+        sizes.append(store.summary()["bytes"] - before)
+    # Beside the data: 4 bytes a token, as text, and a header.
+    assert max(sizes) < 500 * (BYTES_PER_TOKEN + 4 * 4 / 3) + 250
+    assert store.summary()["entries"] == 1
+    assert usable(reopened(store), numbers((0, 10_001))) == 10_000
+
+
+def test_what_two_conversations_share_is_on_the_disk_once(directory: Path) -> None:
+    store = Store(directory, ROOMY)
+    kept(store, numbers((0, 1000), (5000, 5100)))
+    kept(store, numbers((0, 1000), (6000, 6100)))
+    assert store.summary()["entries"] == 2
+    assert store.summary()["bytes"] < 1.5 * 1200 * BYTES_PER_TOKEN + 1200 * 6
+    assert usable(store, numbers((0, 1000), (6000, 6200))) == 1100
 
 
 def test_what_cannot_be_trimmed_serves_only_as_a_whole(directory: Path) -> None:
-    store = Store(directory, slots=10, min_tokens=1)
-    kept(store, numbers((0, 500)), trimmable=False)
-    assert usable(store, numbers((0, 400))) == 0
-    assert usable(store, numbers((0, 500))) == 0
-    assert usable(store, numbers((0, 501))) == 500
+    store = Store(directory, ROOMY)
+    kept_whole(store, numbers((0, 500)))
+    for opened in (store, reopened(store)):
+        assert usable(opened, numbers((0, 400))) == 0
+        assert usable(opened, numbers((0, 500))) == 0
+        assert usable(opened, numbers((0, 501))) == 500
+        assert opened.has_whole(numbers((0, 500)))
+        store = opened
     # The shorter one is worth keeping beside the longer one: it cannot be had from it.
-    kept(store, numbers((0, 800)), trimmable=False)
+    kept_whole(store, numbers((0, 800)))
     assert usable(store, numbers((0, 600))) == 500
 
 
 def test_a_match_of_a_handful_of_tokens_is_not_worth_reading(directory: Path) -> None:
-    store = Store(directory, slots=10, min_tokens=100)
+    store = Store(directory, ROOMY._replace(min_tokens=100))
     kept(store, numbers((0, 500)))
     assert usable(store, numbers((0, 99), (9000, 9500))) == 0
     assert usable(store, numbers((0, 100), (9000, 9500))) == 100
 
 
-def test_a_successor_finds_everything_by_itself(directory: Path) -> None:
-    kept(Store(directory, slots=10, min_tokens=1), numbers((0, 300)))
-    assert usable(Store(directory, slots=10, min_tokens=1), numbers((0, 400))) == 300
-
-
-def test_a_longer_turn_takes_the_place_of_the_shorter_and_what_is_alike_is_not_written(directory: Path) -> None:
-    store = Store(directory, slots=10, min_tokens=1)
-    kept(store, numbers((0, 1000)))
-    kept(store, numbers((0, 1500)))
-    assert store.summary()["entries"] == 1
-    store.add(numbers((0, 1490), (9000, 9005)), True, lambda path: pytest.fail("written"))
-    assert len(list(directory.iterdir())) == 1
-
-
-def test_the_least_recently_used_goes_first_also_after_a_restart(directory: Path) -> None:
-    store = Store(directory, slots=3, min_tokens=1)
+def test_the_least_recently_used_conversation_goes_first_also_after_a_restart(directory: Path) -> None:
+    store = Store(directory, ROOMY)
     for number, used in ((1, 30), (2, 10), (3, 20)):
-        kept(store, [number] * 50)
-        path = store.find([number] * 51)
-        assert path
-        os.utime(path[0].path, (used, used))
-    store = Store(directory, slots=3, min_tokens=1)
+        for length in (50, 100):
+            kept(store, [number] * length)
+        match = store.find([number] * 101)
+        assert match
+        os.utime(match.segment.path, (used, used))
+    store = reopened(store, ROOMY._replace(slots=3))
     kept(store, [4] * 50)
-    assert [usable(store, [number] * 51) for number in (1, 2, 3, 4)] == [50, 0, 50, 50]
+    assert [usable(store, [number] * 101) for number in (1, 2, 3, 4)] == [100, 0, 100, 50]
+    assert len(files(directory)) == 5
 
 
-def test_short_prompts_are_not_kept(directory: Path) -> None:
-    store = Store(directory, slots=3, min_tokens=100)
-    kept(store, [1] * 99)
-    assert store.summary() == {"dir": str(directory), "entries": 0, "bytes": 0, "limit_bytes": None}
+def test_the_bytes_stay_bounded_and_the_line_that_grows_is_not_cut(directory: Path) -> None:
+    one = 600 * BYTES_PER_TOKEN + 6000
+    store = Store(directory, ROOMY._replace(max_bytes=3 * one))
+    for number in range(10):
+        assert kept(store, [number] * 600)
+        assert store.summary()["bytes"] <= 3 * one
+    assert usable(store, [9] * 601) == 600
+    assert usable(store, [1] * 601) == 0
+    tokens = [77] * 300
+    while kept(store, tokens):
+        tokens = [*tokens, *range(300)]
+    # Full of itself: what is kept of it stays, and the rest is not written.
+    assert store.summary()["bytes"] <= 3 * one
+    assert usable(store, tokens) == len(tokens) - 300
 
 
-WHOLE = entry_file([1, 2], True)
+def test_the_bound_counts_all_models_and_unused_ones_give_way(tmp_path: Path) -> None:
+    one = 600 * BYTES_PER_TOKEN + 6000
+    limits = ROOMY._replace(max_bytes=3 * one)
+    old = open_store(tmp_path, "a" * 16, limits)
+    for number in range(2):
+        kept(old, [number] * 600)
+    new = open_store(tmp_path, "b" * 16, limits)
+    for number in range(2):
+        kept(new, [number] * 600)
+    # In use: nothing of it is touched, the other one makes room by itself.
+    assert len(files(old.directory)) == 2
+    old.close()
+    for number in range(2, 5):
+        assert kept(new, [number] * 600)
+    assert files(old.directory) == []
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) <= 3 * one
 
 
-@pytest.mark.parametrize("content", [b"", bytes(100), WHOLE[:-1], WHOLE.replace(b"0.tok", b"1.tok")])
-def test_what_is_torn_is_set_aside_at_start(directory: Path, content: bytes) -> None:
-    directory.mkdir()
-    (directory / "bad.safetensors").write_bytes(content)
-    kept(Store(directory, slots=3, min_tokens=1), [5] * 10)
-    store = Store(directory, slots=3, min_tokens=1)
-    assert store.summary()["entries"] == 1
-    assert (directory / "torn" / "bad.safetensors").read_bytes() == content
+def test_a_second_server_of_the_model_gets_a_folder_of_its_own(tmp_path: Path) -> None:
+    first = open_store(tmp_path, "a" * 16, ROOMY)
+    second = open_store(tmp_path, "a" * 16, ROOMY)
+    assert first.directory != second.directory
+    kept(first, [1] * 50)
+    kept(second, [2] * 50)
+    assert (usable(first, [2] * 51), usable(second, [2] * 51)) == (0, 50)
+    directory = first.directory
+    first.close()
+    assert open_store(tmp_path, "a" * 16, ROOMY).directory == directory
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_other_programs_keep_some_of_the_disk(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(directory, ROOMY)
+    assert kept(store, [1] * 50)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 0, store_module.MIN_FREE_BYTES - 5000))
+    assert not kept(store, [2] * 50)
+    assert store.summary()["bytes"] == 0
+
+
+@pytest.mark.parametrize(("free", "bound"), [(10**12, 40 * 10**9), (10**10, 25 * 10**8)])
+def test_without_a_bound_it_is_40_gb_or_a_quarter_of_the_free_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, bound: int
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**13, 0, free))
+    assert default_max_bytes(tmp_path / "not" / "there") == bound
+
+
+def line_of_three(directory: Path) -> tuple[Store, list[Path]]:
+    store = Store(directory, ROOMY)
+    for length in (100, 200, 300):
+        kept(store, numbers((0, length)))
+    return store, [segment.path for segment in store.lines()[0].line()]
+
+
+@pytest.mark.parametrize("content", [b"", bytes(100), "half", "renamed"])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_what_is_torn_is_set_aside_at_start_with_what_goes_on_from_it(
+    directory: Path, content: bytes | str, which: int
+) -> None:
+    store, line = line_of_three(directory)
+    kept(store, [5] * 10)
+    whole = line[which].read_bytes()
+    torn = {"half": whole[: len(whole) // 2], "renamed": whole.replace(b'"tokens"', b'"nekots"')}
+    line[which].write_bytes(torn[content] if isinstance(content, str) else content)
+    store = reopened(store)
+    assert usable(store, numbers((0, 300))) == (0, 100, 200)[which]
+    assert usable(store, [5] * 11) == 10
+    assert store.summary()["torn"] == 3 - which
+    assert len(list((directory / "torn").iterdir())) == 3 - which
+    assert reopened(store).summary()["torn"] == 0
+
+
+def test_a_missing_link_costs_what_goes_on_from_it_only(directory: Path) -> None:
+    store, line = line_of_three(directory)
+    line[1].unlink()
+    store = reopened(store)
+    assert usable(store, numbers((0, 300))) == 100
+    kept(store, numbers((0, 300)))
+    assert usable(store, numbers((0, 300))) == 299
+
+
+def test_a_segment_that_proves_unreadable_goes_with_its_children(directory: Path) -> None:
+    store, line = line_of_three(directory)
+    match = store.find(numbers((0, 201)))
+    assert match
+    store.set_aside(match.segment.line()[1])
+    assert usable(store, numbers((0, 300))) == 100
+    assert [path.exists() for path in line] == [True, False, False]
 
 
 def test_a_disk_that_does_not_take_it_costs_nothing_that_was_kept(directory: Path) -> None:
-    store = Store(directory, slots=1, min_tokens=1)
+    store = Store(directory, ROOMY)
     kept(store, [1] * 50)
 
-    def full(path: Path) -> None:
-        path.write_bytes(b"half")
+    def full() -> Iterator[Tensor]:
+        yield tensor(1)
         raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space"):
-        store.add([2] * 50, True, full)
+        store.add(None, [2] * 50, full())
     assert usable(store, [1] * 51) == 50
-    assert len(list(directory.iterdir())) == 1
+    assert usable(store, [2] * 51) == 0
+    assert len(files(directory)) == 1
 
 
-@given(st.lists(st.integers(0, 3)), st.lists(st.integers(0, 3)))
-def test_the_common_prefix_is_what_counting_gives(a: list[int], b: list[int]) -> None:
-    counted = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    assert common_prefix(pack(a), pack(b)) == counted
+@given(st.lists(st.integers(0, 3)), st.lists(st.integers(0, 3)), st.integers(0, 3))
+def test_the_common_prefix_is_what_counting_gives(a: list[int], b: list[int], skip: int) -> None:
+    counted = next((i for i, (x, y) in enumerate(zip(a, b[skip:], strict=False)) if x != y), None)
+    expected = min(len(a), len(b[skip:])) if counted is None else counted
+    assert common_prefix(pack(a), pack(b), skip) == expected
+
+
+PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(PROMPTS, st.lists(st.integers(0, 2), min_size=1, max_size=14))
+def test_any_conversations_match_as_a_plain_list_of_them_would(
+    tmp_path_factory: pytest.TempPathFactory, prompts: list[list[int]], wanted: list[int]
+) -> None:
+    directory = tmp_path_factory.mktemp("kv") / "m"
+    store = Store(directory, ROOMY._replace(slots=100))
+    for prompt in prompts:
+        kept(store, prompt)
+    best = max(common_prefix(pack(prompt), pack(wanted)) for prompt in prompts)
+    for opened in (store, reopened(store, ROOMY._replace(slots=100))):
+        match: Match | None = opened.held(wanted)
+        assert (match.usable if match else 0) == best
+        line = match.segment.line() if match else []
+        assert all(child.start <= parent.end for parent, child in itertools.pairwise(line))
