@@ -20,6 +20,9 @@ from mlx_launcher.host.settings import Settings
 
 log = logging.getLogger("mlx_launcher.host")
 
+# The last event of an answer is on its way to the client for about a millisecond; what can wait begins after that.
+SETTLE_S = 0.05
+
 
 @dataclass
 class Counters:
@@ -172,7 +175,8 @@ class Engine:
                     self._flushed.set()
                 elif job != "rest":
                     self._run(runtime, job)
-                    self._rest(runtime)
+                    if not self._jobs.empty():
+                        self._rest(runtime)
         except BaseException as error:
             # Nothing would ever be answered again; the supervisor has to hear of it.
             self._on_death(where(error))
@@ -180,7 +184,7 @@ class Engine:
 
     def _next(self, runtime: Runtime) -> Job | Literal["rest", "flush"]:
         """The next job; until one comes, the runtime does what could wait."""
-        wait: float | None = 0.0
+        wait: float | None = SETTLE_S
         while True:
             with contextlib.suppress(queue.Empty):
                 return self._jobs.get(timeout=wait)

@@ -14,6 +14,7 @@ TEMPORARY = ".partial"
 TORN = "torn"
 LOCK = ".lock"
 SUFFIX = ".safetensors"
+_OWN = "metadata_crc32"
 _CHUNK = 1 << 20
 
 
@@ -27,7 +28,7 @@ class Tensor(NamedTuple):
 
 
 class Entry:
-    """A safetensors file to be, with the CRC-32 of its data in its metadata. `size`: its bytes."""
+    """A safetensors file to be, with the CRC-32 of its data and of its metadata in its metadata. `size`: its bytes."""
 
     def __init__(self, metadata: dict[str, str], tensors: Iterable[Tensor]) -> None:
         self._tensors = list(tensors)
@@ -37,7 +38,9 @@ class Entry:
             crc, begin = zlib.crc32(tensor.data, crc), offset
             offset += tensor.data.nbytes
             header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, offset]}
-        raw = json.dumps({"__metadata__": {**metadata, "crc32": str(crc)}, **header}).encode()
+        metadata = {**metadata, "crc32": str(crc)}
+        metadata[_OWN] = _checksum(metadata)
+        raw = json.dumps({"__metadata__": metadata, **header}).encode()
         raw += b" " * (-len(raw) % 8)
         self._header = len(raw).to_bytes(8, "little") + raw
         self.size = len(self._header) + offset
@@ -69,9 +72,21 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def read_about(path: Path) -> dict[str, str]:
+    """The metadata of an entry. Raises TornFileError where the file is not whole, OSError where it cannot be read."""
+    metadata = read_metadata(path)
+    if metadata.get(_OWN) != _checksum(metadata):
+        raise TornFileError(f"{path} is damaged: its header is not what was written")
+    return metadata
+
+
+def _checksum(metadata: dict[str, str]) -> str:
+    return str(zlib.crc32(json.dumps(sorted(item for item in metadata.items() if item[0] != _OWN)).encode()))
+
+
 def verify(path: Path) -> None:
     """Reads all of a file. Raises TornFileError where it is not what was written, OSError where it cannot be read."""
-    wanted = read_metadata(path).get("crc32")
+    wanted = read_about(path)["crc32"]
     crc = 0
     with path.open("rb") as file:
         file.seek(data_start(path))

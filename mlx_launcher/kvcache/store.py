@@ -22,12 +22,13 @@ from mlx_launcher.kvcache.files import (
     Entry,
     FolderLock,
     Tensor,
+    read_about,
     remove_leftovers,
     set_aside,
     write_atomically,
 )
 from mlx_launcher.kvcache.tree import WIDTH, Segment, Tree, pack
-from mlx_launcher.models.safetensors import TornFileError, read_metadata
+from mlx_launcher.models.safetensors import TornFileError
 
 log = logging.getLogger(__name__)
 
@@ -242,7 +243,7 @@ class Store:
 
     def _read(self, path: Path) -> tuple[str, Segment] | None:
         try:
-            metadata = read_metadata(path)
+            metadata = read_about(path)
             tokens = base64.b64decode(metadata["tokens"], validate=True)
             start, parent = int(metadata["start"]), metadata["parent"]
             stat = path.stat()

@@ -1,10 +1,14 @@
 """The KV cache on disk, with a model whose answers depend on the whole prompt."""
 
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 from support.hosts import Host
-from support.launched import chat
+from support.launched import chat, http_request, stream_events
 from support.prompts import prose
 from support.waiting import free_port, until
 
@@ -101,3 +105,98 @@ def test_nothing_is_left_where_mlx_textgen_alone_would_write(
         assert chat(host.port, prose(2, 200), max_tokens=4).status == 200
         until(lambda: entries(directory))
     assert list(home.rglob("*textgen*")) == []
+
+
+def test_two_servers_of_one_model_are_both_right_and_both_keep(random_model: Path, directory: Path) -> None:
+    prompts = [prose(seed, 300) for seed in range(4)]
+    with Host(random_model, free_port(), directory, cache={"enabled": False}) as host:
+        expected = [chat(host.port, prompt, max_tokens=6).text for prompt in prompts]
+    for round_ in range(2):
+        with (
+            Host(random_model, free_port(), directory) as one,
+            Host(random_model, free_port(), directory) as other,
+            ThreadPoolExecutor() as pool,
+        ):
+            asked = [(host.port, prompt) for prompt in prompts for host in (one, other)]
+            replies = list(pool.map(lambda it: chat(*it, max_tokens=6), asked))
+            assert [reply.text for reply in replies] == [text for text in expected for _ in range(2)]
+            if round_:
+                assert all(reply.cached > 250 for reply in replies)
+    assert len(list(directory.iterdir())) == 2
+
+
+def test_the_answer_is_out_before_a_byte_is_written(random_model: Path, directory: Path) -> None:
+    with Host(random_model, free_port(), directory) as host:
+        body = {"messages": [{"role": "user", "content": prose(1, 600)}], "max_tokens": 4, "stream": True}
+        for seed in range(5):
+            body["messages"] = [{"role": "user", "content": prose(seed, 600)}]
+            before = len(entries(directory))
+            reply = http_request(host.port, "/v1/chat/completions", body)
+            answered = time.time()
+            assert list(stream_events(reply.body))[-1] == "[DONE]"
+            until(lambda before=before: len(entries(directory)) > before)
+            assert max(path.stat().st_mtime for path in entries(directory)) >= answered
+
+
+def test_a_conversation_of_many_turns_costs_its_new_tokens(random_model: Path, directory: Path) -> None:
+    messages = [{"role": "user", "content": prose(1, 300)}]
+    written, descriptors = [], []
+    with Host(random_model, free_port(), directory) as host:
+        process = psutil.Process(host.process.pid)
+        for turn in range(200):
+            reply = chat(host.port, messages, max_tokens=4)
+            tokens = reply.json["usage"]["prompt_tokens"]
+            assert reply.cached >= tokens - 40 or turn == 0
+            written.append(sum(path.stat().st_size for path in entries(directory)))
+            descriptors.append(process.num_fds())
+            messages += [{"role": "assistant", "content": reply.text}, {"role": "user", "content": prose(turn, 10)}]
+        until(lambda: host.counters["kv_cache"]["entries"] == 1)
+        assert process.num_fds() <= max(descriptors[:20])
+        assert host.counters["kv_cache"]["problem"] is None
+    per_token = sum(path.stat().st_size for path in entries(directory)) / tokens
+    # The rest names the tokens.
+    assert per_token < 1.5 * state_bytes_per_token(random_model)
+    with Host(random_model, free_port(), directory) as host:
+        assert chat(host.port, messages, max_tokens=4).cached >= tokens
+
+
+def state_bytes_per_token(model: Path) -> int:
+    config = json.loads((model / "config.json").read_text())
+    heads, layers = config["num_key_value_heads"], config["num_hidden_layers"]
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    width = 2 if config.get("torch_dtype") in ("float16", "bfloat16") else 4
+    return int(2 * heads * layers * size * width)
+
+
+def captured(tmp_path: Path, system: str) -> Path:
+    """A client's request as somebody would have captured it."""
+    file = tmp_path / "captured.json"
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": "Yesterday's question"}]
+    file.write_text(json.dumps({"model": "m", "messages": messages, "stream": True}))
+    return file
+
+
+def test_the_first_request_of_the_day_is_a_follow_up(random_model: Path, directory: Path, tmp_path: Path) -> None:
+    system = prose(8, 500)
+    question = [{"role": "system", "content": system}, {"role": "user", "content": "Today's question"}]
+    with Host(random_model, free_port(), directory, cache={"enabled": False}) as host:
+        expected = chat(host.port, question, max_tokens=6).text
+    files = [str(tmp_path / "missing.json"), str(captured(tmp_path, system))]
+    with Host(random_model, free_port(), directory, settings={"warmup": files}) as host:
+        until(lambda: host.counters["kv_cache"]["entries"] == 1)
+        until(lambda: not any("are done" in note for note in host.counters["notes"]))
+        assert host.counters["notes"] == [f"warmup: {files[0]}: No such file or directory"]
+        assert host.counters["requests"] == 0
+        reply = chat(host.port, question, max_tokens=6)
+        assert (reply.text, reply.cached > 500) == (expected, True)
+    with Host(random_model, free_port(), directory, settings={"warmup": files[1:]}) as host:
+        until(lambda: host.counters.get("notes") == [])
+        assert host.counters["processed_tokens"] == 0
+
+
+def test_warming_up_gives_way_to_who_asks(random_model: Path, directory: Path, tmp_path: Path) -> None:
+    files = [str(captured(tmp_path, prose(8, 6000)))]
+    with Host(random_model, free_port(), directory, settings={"warmup": files, "prefill_batch": 64}) as host:
+        until(lambda: host.counters.get("notes") == ["warmup: 0 of 1 prompts are done"])
+        assert chat(host.port, "Hello", max_tokens=2).status == 200
+        assert host.counters["notes"] == ["warmup: 0 of 1 prompts are done"]

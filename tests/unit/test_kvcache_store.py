@@ -196,7 +196,7 @@ def line_of_three(directory: Path) -> tuple[Store, list[Path]]:
     return store, [segment.path for segment in store.lines()[0].line()]
 
 
-@pytest.mark.parametrize("content", [b"", bytes(100), "half", "renamed"])
+@pytest.mark.parametrize("content", [b"", bytes(100), "half", "renamed", "other tokens"])
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_what_is_torn_is_set_aside_at_start_with_what_goes_on_from_it(
     directory: Path, content: bytes | str, which: int
@@ -204,7 +204,12 @@ def test_what_is_torn_is_set_aside_at_start_with_what_goes_on_from_it(
     store, line = line_of_three(directory)
     kept(store, [5] * 10)
     whole = line[which].read_bytes()
-    torn = {"half": whole[: len(whole) // 2], "renamed": whole.replace(b'"tokens"', b'"nekots"')}
+    at = whole.index(b'"tokens": "') + len(b'"tokens": "')
+    torn = {
+        "half": whole[: len(whole) // 2],
+        "renamed": whole.replace(b'"tokens"', b'"nekots"'),
+        "other tokens": whole[:at] + b"////" + whole[at + 4 :],
+    }
     line[which].write_bytes(torn[content] if isinstance(content, str) else content)
     store = reopened(store)
     assert usable(store, numbers((0, 300))) == (0, 100, 200)[which]
