@@ -136,7 +136,7 @@ def _given(text: str | None) -> int | None:
     if text is None:
         return None
     try:
-        return values.size(text)
+        return values.size(int(text) if text.isdecimal() else text)
     except ValueError as reason:
         raise LaunchError("usage", f"--max-bytes: {reason}", "10GB, for example", EXIT_USAGE) from None
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlx_launcher.kvcache.files import LOCK, SUFFIX, TORN, verify
-from mlx_launcher.kvcache.store import ABOUT, Limits, Store, folders
+from mlx_launcher.kvcache.store import ABOUT, Limits, Store, folder_bytes, folders
 from mlx_launcher.models.safetensors import TornFileError
 
 
@@ -58,15 +58,18 @@ def prune(root: Path, max_bytes: int) -> Cleaned:
     """Removes what serves nobody: what was set aside as torn, the entries of models that are gone, and, from the least recently
     used folder on, what is beyond `max_bytes`. Raises OSError.
     """
-    before, skipped = _bytes(root), []
-    for folder in reversed(survey(root)):
-        if folder.in_use:
-            skipped.append(folder.path)
-        elif folder.model_path is not None and not Path(folder.model_path).exists():
+    before, found = _bytes(root), survey(root)
+    unused = [folder for folder in reversed(found) if not folder.in_use]
+    for folder in unused:
+        if folder.model_path is not None and not Path(folder.model_path).exists():
             shutil.rmtree(folder.path)
         else:
-            _shrink(folder.path, _bytes(root) - folder.torn_bytes - max_bytes)
-    return Cleaned(before - _bytes(root), skipped)
+            _shrink(folder.path, 0)
+    for folder in unused:
+        over = sum(map(folder_bytes, folders(root))) - max_bytes
+        if over > 0 and folder.path.exists():
+            _shrink(folder.path, over)
+    return Cleaned(before - _bytes(root), [folder.path for folder in found if folder.in_use])
 
 
 def clear(root: Path) -> Cleaned:

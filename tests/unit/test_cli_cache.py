@@ -1,0 +1,126 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_launcher.cli import main
+from mlx_launcher.kvcache.files import Tensor
+from mlx_launcher.kvcache.store import Limits, Store
+
+LIMITS = Limits(10, 1, 1 << 40)
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path / "state"
+
+
+def filled(state: Path, name: str, model: Path, entries: int = 2, size: int = 1000) -> Store:
+    store = Store(state / "kvcache" / name, LIMITS)
+    store.describe(model.name, model)
+    for number in range(entries):
+        store.add(None, [number] * 10, [Tensor("x", "U8", (size,), memoryview(bytes(size)))])
+    return store
+
+
+def run(state: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["--no-config", "--state-dir", str(state), "cache", *arguments])
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+def listed(state: Path, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    code, out, _ = run(state, capsys, "list", "--json")
+    assert code == 0
+    models: list[dict[str, Any]] = json.loads(out)["data"]["models"]
+    return models
+
+
+def test_list_shows_each_model_and_which_is_in_use(
+    state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled(state, "a", tmp_path / "first").close()
+    used = filled(state, "b", tmp_path / ("long" * 30), size=5000)
+    models = {model["path"][-1]: model for model in listed(state, capsys)}
+    assert (models["a"]["model"], models["a"]["files"], models["a"]["in_use"]) == ("first", 2, False)
+    assert (models["b"]["bytes"] > 10_000, models["b"]["in_use"]) == (True, True)
+    used.close()
+    code, out, _ = run(state, capsys, "list")
+    assert code == 0
+    assert "first" in out
+    assert max(map(len, out.splitlines()[:4])) <= 80
+
+
+def test_nothing_kept_is_no_error(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(state, capsys, "list")[:2] == (0, f"Nothing is kept in {state / 'kvcache'}.\n")
+    assert run(state, capsys, "verify")[0] == 0
+    assert run(state, capsys, "clear")[:2] == (0, "Removed 0 B.\n")
+
+
+def test_verify_names_what_is_damaged_and_changes_nothing(
+    state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled(state, "a", tmp_path / "model").close()
+    assert run(state, capsys, "verify")[:2] == (0, "All 2 files are whole.\n")
+    bad = sorted((state / "kvcache" / "a").glob("*.safetensors"))[0]
+    bad.write_bytes(bad.read_bytes()[:-1] + b"x")
+    code, out, err = run(state, capsys, "verify", "--json")
+    answer = json.loads(out)
+    assert (code, answer["errors"][0]["code"]) == (1, "cache_damaged")
+    assert [entry["path"] for entry in answer["data"]["damaged"]] == [str(bad)]
+    assert "1 of 2 files" in err
+    assert bad.exists()
+
+
+def test_prune_removes_torn_files_gone_models_and_what_is_beyond_the_bound(
+    state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    store = filled(state, "kept", model, entries=4)
+    one = store.summary()["bytes"] // 4
+    store.set_aside(store.lines()[0])
+    store.close()
+    filled(state, "gone", tmp_path / "deleted").close()
+    used = filled(state, "used", model)
+    code, out, _ = run(state, capsys, "prune", "--max-bytes", str(used.summary()["bytes"] + 2 * one + 500))
+    assert (code, "1 left alone" in out) == (0, True)
+    left = {path.name: len(list(path.glob("*.safetensors"))) for path in (state / "kvcache").iterdir()}
+    assert left == {"kept": 2, "used": 2}
+    assert not (state / "kvcache" / "kept" / "torn").exists()
+
+
+def test_clear_asks_and_leaves_alone_what_a_server_uses(
+    state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled(state, "a", tmp_path / "model").close()
+    used = filled(state, "b", tmp_path / "model")
+    code, _, err = run(state, capsys, "clear")
+    assert (code, "--yes" in err) == (2, True)
+    assert len(listed(state, capsys)) == 2
+    assert run(state, capsys, "clear", "--yes")[0] == 0
+    assert [model["path"][-1] for model in listed(state, capsys)] == ["b"]
+    assert used.find([0] * 11)
+
+
+def test_a_bound_that_is_none_is_a_usage_error(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(state, capsys, "prune", "--max-bytes", "much")
+    assert (code, "--max-bytes: a size is wanted" in err) == (2, True)
+
+
+def test_it_looks_where_the_configuration_says(
+    state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "elsewhere"
+    filled(tmp_path, "a", tmp_path / "model").close()
+    (tmp_path / "kvcache").rename(place)
+    config = tmp_path / "c.json"
+    config.write_text(json.dumps({"backends": {"mlx": {"model": "/m", "cache": {"dir": "elsewhere"}}}}))
+    with pytest.raises(SystemExit):
+        main(["--config", str(config), "--state-dir", str(state), "cache", "list", "--json"])
+    data = json.loads(capsys.readouterr().out)["data"]
+    assert (data["dir"], len(data["models"])) == (str(place), 1)
