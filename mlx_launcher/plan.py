@@ -61,7 +61,8 @@ class Plan(TypedDict):
     stop_timeout_s: float
     hang_timeout_s: float
     freeze_timeout_s: float
-    idle_timeout_s: float
+    idle_timeout_s: float  # without work, after which a host is ended until somebody connects; 0 is never
+    standby: bool  # whether a second host waits beside the one that serves
     memory_limit_bytes: int | None  # of the server; None is no limit
     restart: Restart
     log_file: str  # the server's log; absolute
@@ -102,6 +103,7 @@ _LIMITS = {
     "hangTimeout": "hang_timeout_s",
     "freezeTimeout": "freeze_timeout_s",
     "idleTimeout": "idle_timeout_s",
+    "standby": "standby",
     "memoryLimit": "memory_limit_bytes",
 }
 

@@ -12,6 +12,7 @@ from mlx_launcher.backends.textgen import textgen
 from mlx_launcher.backends.which import BUILT_IN, Kind, which
 from mlx_launcher.config import defaults, urls
 from mlx_launcher.config.document import Document, nothing
+from mlx_launcher.config.keyfile import read_key
 from mlx_launcher.config.layers import API_KEY_VARIABLE, Flags, Settings, settle, settle_fallback
 from mlx_launcher.errors import LaunchError
 from mlx_launcher.plan import Backend, Plan, Source
@@ -25,12 +26,13 @@ def assemble(
     """The plan for one server. The demo model must have been built; one from the hub is downloaded, and `say` told of it.
 
     LaunchError: what `settle` raises for the configuration, `model_…` for the model, `no_model` when nothing names one,
-    `key_required` for an address that others can reach without a key to ask them for.
+    `key_required` for an address that others can reach without a key to ask them for, `key_file` for a key's file that others read.
     """
     settings = settle(flags, caller.environment, document or nothing(caller.cwd))
     kind = which(settings, caller.cwd)
     hosts, local = urls.address(settings["host"])
-    _require_key(settings, local)
+    key = _key(settings, caller.cwd)
+    _require_key(settings, key, local)
     found = find_model(settings, state_dir, caller, kind.name not in BUILT_IN, say)
     if found is None:
         if kind.name != "command" or needs_model(settings):
@@ -46,7 +48,7 @@ def assemble(
         host=hosts[0],
         port=settings["port"],
         url=urls.client_url(hosts[0], settings["port"]),
-        api_key=settings["apiKey"] or None,
+        api_key=key,
         require_key=settings["requireKey"] or not local,
     )
     log_file = Path(caller.cwd, flags.log_file) if flags.log_file else instance / "server.log"
@@ -68,6 +70,7 @@ def assemble(
         "hang_timeout_s": settings["hangTimeout"],
         "freeze_timeout_s": settings["freezeTimeout"],
         "idle_timeout_s": settings["idleTimeout"],
+        "standby": settings["standby"],
         "memory_limit_bytes": settings["memoryLimit"],
         "restart": {
             "max_restarts": settings["restart.maxRestarts"],
@@ -78,15 +81,33 @@ def assemble(
         "log_file": os.fspath(log_file),
         "log_max_bytes": defaults.LOG_MAX_BYTES,
         "source": source,
-        "notes": settings.notes,
+        "notes": [*settings.notes, *_without_effect(settings, backend)],
     }
 
 
-def _require_key(settings: Settings, local: bool) -> None:
-    if settings["apiKey"] or (local and not settings["requireKey"]):
+def _without_effect(settings: Settings, backend: Backend) -> list[str]:
+    """What is set and cannot be had of a server that binds the port itself: nobody knows what it has in flight."""
+    if backend["kind"] == "host":
+        return []
+    asked = [name for name in ("idleTimeout", "standby") if settings[name]]
+    return [f"{name} has no effect on a server of your own (command or serverScript)" for name in asked]
+
+
+def _key(settings: Settings, cwd: str) -> str | None:
+    """The key in force: the environment's or the file's own, else what the file's `apiKeyFile` holds."""
+    if settings["apiKey"] or not settings["apiKeyFile"]:
+        return settings["apiKey"] or None
+    file = os.path.expanduser(settings["apiKeyFile"])  # noqa: PTH111
+    return read_key(settings.base("apiKeyFile", cwd) / file)
+
+
+def _require_key(settings: Settings, key: str | None, local: bool) -> None:
+    if key or (local and not settings["requireKey"]):
         return
     why = f"{settings['host']} can be reached by others" if not local else "requireKey is set"
-    where = f"environment variable {API_KEY_VARIABLE}" + (" or as apiKey" if settings.document.file else "")
+    where = f"environment variable {API_KEY_VARIABLE}" + (
+        " or as apiKey or apiKeyFile" if settings.document.file else ""
+    )
     otherwise = "leave --host out" if settings.origin("host") == "flag --host" else "change that"
     raise LaunchError("key_required", f"{why}, and no API key is set", f"Set one in the {where}, or {otherwise}")
 

@@ -81,7 +81,7 @@ def choose(state_dir: Path, port: int | None) -> Path:
     """
     if port is not None:
         return state_dir / str(port)
-    known = _instances(state_dir)
+    known = all_of(state_dir)
     running = [instance for instance in known if is_locked(instance)]
     if len(running) > 1:
         ports = ", ".join(instance.name for instance in running)
@@ -119,7 +119,8 @@ def _out_of_reach(instance: Path) -> LaunchError:
     return LaunchError("out_of_reach", what, "Try again in a moment")
 
 
-def _instances(state_dir: Path) -> list[Path]:
+def all_of(state_dir: Path) -> list[Path]:
+    """The directories of the instances that run or ever ran there, by port."""
     try:
         found = [path for path in state_dir.iterdir() if path.name.isdecimal() and path.is_dir()]
     except OSError:

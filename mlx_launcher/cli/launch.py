@@ -2,10 +2,14 @@
 
 import json
 import os
+import select
+import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import click
 
@@ -17,12 +21,14 @@ from mlx_launcher.cli.output import App, clean
 from mlx_launcher.config.document import Document
 from mlx_launcher.config.layers import KEY_VARIABLES, Flags, names_a_model
 from mlx_launcher.config.paths import create_state_dir
-from mlx_launcher.errors import EXIT_USAGE, LaunchError
+from mlx_launcher.errors import EXIT_FAILED, EXIT_USAGE, LaunchError
 from mlx_launcher.plan import Plan
 
 # -P: the directory that the user stands in may hold a json.py of its own.
 PYTHON = [sys.executable, "-P", "-m"]
 SUPERVISOR = [*PYTHON, "mlx_launcher.supervisor"]
+# It answers in well under a second, but may first have to end what a killed supervisor left on the port.
+_REPORT_S = 60.0
 
 
 def make_plan(app: App, flags: Flags, say: Say) -> Plan:
@@ -97,3 +103,51 @@ def plan_file(plan: Plan) -> IO[bytes]:
         what = f"no temporary file can be written in {tempfile.gettempdir()}: {error.strerror or error}"
         raise LaunchError("temporary_file", what, "Make room there, or name another place in TMPDIR") from None
     return file
+
+
+def spawn(plan: Plan, *switches: str, began: Callable[[subprocess.Popen[bytes]], object] = lambda _: None) -> None:
+    """Starts a supervisor in a session of its own and returns when it owns the port; `began` gets its process at once.
+
+    LaunchError: what it has against the plan, `no_report` when it says nothing.
+    """
+    report, theirs = os.pipe()
+    try:
+        with plan_file(plan) as file:
+            fds = (file.fileno(), theirs)
+            process = subprocess.Popen(
+                [*SUPERVISOR, "--plan-fd", str(fds[0]), "--report-fd", str(fds[1]), *switches],
+                pass_fds=fds,
+                start_new_session=True,
+                env=supervisor_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        began(process)
+    except BaseException:
+        os.close(report)
+        raise
+    finally:
+        os.close(theirs)
+    answer = _read_report(report)
+    if not answer.get("ok"):
+        error = answer["error"]
+        raise LaunchError(error["code"], error["message"], error["hint"], answer.get("exit", EXIT_FAILED))
+
+
+def _read_report(descriptor: int) -> dict[str, Any]:
+    """The one line that a supervisor says about its own start. LaunchError when it says nothing, or nothing in time."""
+    line, deadline = b"", time.monotonic() + _REPORT_S
+    with os.fdopen(descriptor, "rb", buffering=0) as reader:
+        while not line.endswith(b"\n"):
+            left = deadline - time.monotonic()
+            block = reader.read(65536) if left > 0 and select.select([reader], [], [], left)[0] else b""
+            if not block:
+                break
+            line += block
+    try:
+        report: dict[str, Any] = json.loads(line)
+    except ValueError:
+        what = "the supervisor ended before it said how its start went"
+        raise LaunchError("no_report", what, "mlx-launch run, with the same options, shows why") from None
+    return report

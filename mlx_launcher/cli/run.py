@@ -24,9 +24,14 @@ from mlx_launcher.plan import Plan
 @click.option(
     "--with-caller", is_flag=True, help="End when whoever started this is gone, as anyclaude's serverScript has to."
 )
+@click.option(
+    "--service",
+    is_flag=True,
+    help="For systemd or launchd: with idleTimeout, nothing is loaded before it is asked for.",
+)
 @json_option
 @click.pass_obj
-def command(app: App, /, with_caller: bool, **server: Any) -> Result:
+def command(app: App, /, with_caller: bool, service: bool, **server: Any) -> Result:
     """Run a server in the foreground until Ctrl-C or a signal stops it.
 
     This is what a service manager starts. `mlx-launch start` does the same in the background.
@@ -34,19 +39,24 @@ def command(app: App, /, with_caller: bool, **server: Any) -> Result:
     if app.json:
         hint = "Use start --json, or status --json while it runs"
         raise LaunchError("usage", "run has no JSON to give, it goes on until it is stopped", hint, EXIT_USAGE)
+    if service and with_caller:
+        hint = "--service is for systemd and launchd, --with-caller for anyclaude's serverScript"
+        raise LaunchError("usage", "--service and --with-caller exclude each other", hint, EXIT_USAGE)
     with Progress(sys.stdout, quiet=False) as progress:
         plan = make_plan(app, Flags(**server), progress.show)
     show_notes(app, plan)
     if with_caller and (running := _running(plan)):
         join(Path(plan["instance"]), running, plan["model"]["path"])
         return Result({}, [])
+    if service:
+        return _become_supervisor(plan, "--service", "--idle")
     return _become_supervisor(plan, "--with-caller" if with_caller else "--foreground")
 
 
-def _become_supervisor(plan: Plan, manner: str) -> NoReturn:
+def _become_supervisor(plan: Plan, *manner: str) -> NoReturn:
     file = plan_file(plan)
     os.set_inheritable(file.fileno(), True)
-    argv = [*SUPERVISOR, "--plan-fd", str(file.fileno()), manner]
+    argv = [*SUPERVISOR, "--plan-fd", str(file.fileno()), *manner]
     os.execve(argv[0], argv, supervisor_environment())  # noqa: S606
 
 

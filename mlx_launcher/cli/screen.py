@@ -45,6 +45,7 @@ def ready_screen(app: App, status: dict[str, Any], require_key: bool) -> list[st
     return [
         _row("url", status["url"]),
         _row("state", paint(status["state"], sys.stdout)),
+        *([_row("server", _no_server(status))] if status["state"] == "idle" else []),
         *degraded_rows(app, status),
         _row("model", clean(status["model"]["id"])),
         "",
@@ -161,7 +162,9 @@ def _rows(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "reason", rollback["reason"]
     yield "supervisor", _process(status["supervisor"])
     server = status["server"]
-    yield "server", _process(server) if server else "none"
+    yield "server", _process(server) if server else _no_server(status)
+    if standby := status.get("standby"):
+        yield "standby", f"pid {standby['pid']}, {size(standby['rss_bytes'])}, takes over after a crash"
     if server and server["restarts"]:
         yield "restarts", str(server["restarts"])
     if server and (last := server["last_exit"]):
@@ -180,6 +183,13 @@ def _rows(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
         what = "switch" if reload["trigger"] == "rollback" else "restart"
         yield what, f"{reload['state']}: {reload['reason']}" if reload["reason"] else reload["state"]
     yield "log", status["log_file"]
+
+
+def _no_server(status: dict[str, Any]) -> str:
+    if status["state"] != "idle":
+        return "none"
+    took = status.get("start_s")
+    return "none, the next request starts it" + (f", which took {duration(took)} last time" if took is not None else "")
 
 
 def _process(process: dict[str, Any]) -> str:

@@ -1,9 +1,5 @@
 """`mlx-launch start`: a supervisor in the background, shown until its server has proved itself."""
 
-import json
-import os
-import select
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +8,7 @@ from typing import Any
 import click
 
 from mlx_launcher.cli.instances import ask, failure, last_status, log_file, not_running
-from mlx_launcher.cli.launch import SUPERVISOR, make_plan, plan_file, show_notes, supervisor_environment
+from mlx_launcher.cli.launch import make_plan, show_notes, spawn
 from mlx_launcher.cli.options import json_option, server_options
 from mlx_launcher.cli.output import EXIT_INTERRUPTED, App, Result
 from mlx_launcher.cli.progress import Progress
@@ -24,8 +20,6 @@ from mlx_launcher.plan import CHECKSUMS, Plan, compared
 _POLL_S = 0.1
 _ATTEMPTS = 5  # to find a supervisor or become one, when others start and stop at the same moment
 _LOG_LINES = 15
-# It answers in well under a second, but may first have to end what a killed supervisor left on the port.
-_REPORT_S = 60.0
 _SERVES = ("ready", "idle", "degraded")
 
 
@@ -110,49 +104,10 @@ def _plain(value: Any) -> str:
 
 def _spawn(app: App, plan: Plan) -> None:
     """Starts a supervisor of its own session and returns when it owns the port. LaunchError: why it could not."""
-    report, theirs = os.pipe()
     try:
-        with plan_file(plan) as file:
-            fds = (file.fileno(), theirs)
-            subprocess.Popen(
-                [*SUPERVISOR, "--plan-fd", str(fds[0]), "--report-fd", str(fds[1])],
-                pass_fds=fds,
-                start_new_session=True,
-                env=supervisor_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-    except BaseException:
-        os.close(report)
-        raise
-    finally:
-        os.close(theirs)
-    try:
-        answer = _read_report(report)
+        spawn(plan)
     except KeyboardInterrupt:
         raise _interrupted(app, plan) from None
-    if not answer.get("ok"):
-        error = answer["error"]
-        raise LaunchError(error["code"], error["message"], error["hint"], answer.get("exit", EXIT_FAILED))
-
-
-def _read_report(descriptor: int) -> dict[str, Any]:
-    """The one line that a supervisor says about its own start. LaunchError when it says nothing, or nothing in time."""
-    line, deadline = b"", time.monotonic() + _REPORT_S
-    with os.fdopen(descriptor, "rb", buffering=0) as reader:
-        while not line.endswith(b"\n"):
-            left = deadline - time.monotonic()
-            block = reader.read(65536) if left > 0 and select.select([reader], [], [], left)[0] else b""
-            if not block:
-                break
-            line += block
-    try:
-        report: dict[str, Any] = json.loads(line)
-    except ValueError:
-        what = "the supervisor ended before it said how its start went"
-        raise LaunchError("no_report", what, "mlx-launch run, with the same options, shows why") from None
-    return report
 
 
 def _wait(app: App, plan: Plan, attached: bool, timeout: float | None) -> Result:

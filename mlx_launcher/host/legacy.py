@@ -155,4 +155,4 @@ class _Host:
 
     def _beat(self) -> None:
         self._beat_told = time.monotonic()
-        self._reports.beat(self._counters, None)
+        self._reports.beat(self._counters, None, [])

@@ -1,4 +1,7 @@
-"""`python -m mlx_launcher.supervisor --plan-fd N [--report-fd N] [--foreground | --with-caller]`: from plan to loop."""
+"""From a plan to the loop: `python -m mlx_launcher.supervisor --plan-fd N [--report-fd N] [MANNER] [--idle]`.
+
+The manner is --foreground, --with-caller or --service; none is the background. --idle: the first connection starts the server.
+"""
 
 # No pathlib: it costs 1 MiB in a process that lives for weeks.
 # ruff: noqa: PTH101, PTH103, PTH118, PTH120, PTH123
@@ -14,6 +17,7 @@ import sys
 import time
 from typing import Any, NamedTuple
 
+from mlx_launcher import system
 from mlx_launcher.errors import EXIT_USAGE, LaunchError
 from mlx_launcher.plan import Plan
 from mlx_launcher.supervisor import plans, status
@@ -27,11 +31,14 @@ from mlx_launcher.supervisor.terminal import Terminal
 LOCK_S = 0.3
 
 
+MANNERS = ("--foreground", "--with-caller", "--service")
+
+
 class Arguments(NamedTuple):
     plan_fd: int
     report_fd: int | None
-    foreground: bool
-    with_caller: bool
+    manners: set[str]
+    idle: bool
 
 
 def main(argv: list[str]) -> int:
@@ -47,7 +54,8 @@ def main(argv: list[str]) -> int:
         _report(arguments.report_fd, {"ok": False, "error": error.as_json(), "exit": error.exit_code}, error)
         return error.exit_code
     _report(arguments.report_fd, {"ok": True, "pid": os.getpid()})
-    return supervisor.run()
+    code = supervisor.run()
+    return system.service_gave_up_code() if code and "--service" in arguments.manners else code
 
 
 def _parse(argv: list[str]) -> Arguments:
@@ -57,7 +65,7 @@ def _parse(argv: list[str]) -> Arguments:
     switches: set[str] = set()
     while rest:
         flag = rest.pop(0)
-        if flag in ("--foreground", "--with-caller"):
+        if flag in (*MANNERS, "--idle"):
             switches.add(flag)
         elif flag in ("--plan-fd", "--report-fd") and rest:
             numbers[flag] = int(rest.pop(0))
@@ -65,8 +73,7 @@ def _parse(argv: list[str]) -> Arguments:
             raise ValueError(flag)
     if "--plan-fd" not in numbers:
         raise ValueError("--plan-fd")
-    with_caller = "--with-caller" in switches
-    return Arguments(numbers["--plan-fd"], numbers.get("--report-fd"), with_caller or bool(switches), with_caller)
+    return Arguments(numbers["--plan-fd"], numbers.get("--report-fd"), switches - {"--idle"}, "--idle" in switches)
 
 
 def _catch_signals() -> socket.socket:
@@ -91,7 +98,8 @@ def _prepare(arguments: Arguments, wake: socket.socket) -> Supervisor:
     port = Port(plan["hosts"], plan["port"], journal.note)
     port.own()
     try:
-        return Supervisor(plan, port, journal, wake, Terminal(arguments.foreground, arguments.with_caller))
+        terminal = Terminal(bool(arguments.manners), "--with-caller" in arguments.manners)
+        return Supervisor(plan, port, journal, wake, terminal, arguments.idle)
     except OSError as error:
         raise _state_error(plan["instance"], error) from error
 
@@ -122,7 +130,7 @@ def _enter(instance: str) -> None:
     try:
         os.makedirs(os.path.dirname(instance), mode=0o700, exist_ok=True)
         os.makedirs(instance, mode=0o700, exist_ok=True)
-        os.chdir(instance)
+        os.fchdir(os.open(instance, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
         os.chmod(".", 0o700)
     except OSError as error:
         raise _state_error(instance, error) from error
@@ -136,7 +144,7 @@ def _state_error(instance: str, error: OSError) -> LaunchError:
 def _lock(plan: Plan) -> None:
     """Takes the instance's lock for the life of this process: its descriptor is never closed."""
     try:
-        fd = os.open("lock", os.O_RDWR | os.O_CREAT, 0o600)
+        fd = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise _state_error(plan["instance"], error) from error
     deadline = time.monotonic() + LOCK_S
@@ -156,17 +164,18 @@ def _lock(plan: Plan) -> None:
 
 
 def _end_what_was_left(journal: Journal) -> None:
-    """We hold the lock, so a server that state.json names and that still runs belongs to a supervisor that was killed."""
+    """We hold the lock, so what state.json names and what still runs belongs to a supervisor that was killed."""
     state, trouble = status.read_state()
     if trouble is not None:
         journal.note("state_ignored", reason=trouble)
-    server: Any = state.get("server") if state else None
-    if server is None:
-        return
-    if not isinstance(server, dict) or type(server.get("pid")) is not int:
-        journal.note("state_ignored", reason="it names no server")
-    else:
-        end_orphan(server["pid"], server.get("started"), server.get("goes_by_itself") is not False, journal.note)
+    for kind in ("server", "standby"):
+        left: Any = state.get(kind) if state else None
+        if left is None:
+            continue
+        if not isinstance(left, dict) or type(left.get("pid")) is not int:
+            journal.note("state_ignored", reason=f"it names no {kind}")
+        else:
+            end_orphan(left["pid"], left.get("started"), left.get("goes_by_itself") is not False, journal.note)
 
 
 def _report(fd: int | None, report: dict[str, Any], error: LaunchError | None = None) -> None:

@@ -1,14 +1,18 @@
 """Which plan is in force, what takes its place, and how that went."""
 
 import selectors
+from collections.abc import Callable
 from typing import Any
 
 from mlx_launcher.plan import Plan
-from mlx_launcher.supervisor import plans
+from mlx_launcher.supervisor import plans, status
 from mlx_launcher.supervisor.journal import Journal, RotatingFile, utc_now
 from mlx_launcher.supervisor.policy import Decision
 from mlx_launcher.supervisor.reload import Refusal, Reload, misplaced
 from mlx_launcher.supervisor.terminal import Terminal
+
+# How often the log says that the fallback runs.
+REMIND_S = 3600.0
 
 
 class Changes:
@@ -24,6 +28,7 @@ class Changes:
         self.log = RotatingFile(plan["log_file"], plan["log_max_bytes"])
         self._good = plan
         self._next: Plan | None = None  # takes its place when the server has ended
+        self._remind_at: float | None = None
         self._reload: Reload | None = None
         self._journal, self._terminal = journal, terminal
 
@@ -88,6 +93,22 @@ class Changes:
             self.end("reverted", Refusal(decision.why, hint))
         elif decision.do == "rollback":
             self.rolled_back(decision.why, automatic=True)
+
+    def remind(self, now: float, degraded: bool, seen: Callable[[], dict[str, Any]]) -> None:
+        """To be called now and then: a fallback that works is easily forgotten. `seen` is called for the status."""
+        if not degraded:
+            self._remind_at = None
+        elif self._remind_at is None:
+            self._remind_at = now + REMIND_S
+        elif now >= self._remind_at:
+            self._remind_at = now + REMIND_S
+            text = status.degraded(seen())
+            self._journal.note("degraded", reason=text)
+            self.write(f"mlx-launch: degraded, {text}\n".encode())
+
+    def write(self, data: bytes) -> None:
+        """To the log of the plan in force."""
+        self.log.write(data)
 
     def end(self, state: str, refusal: Refusal | None = None) -> None:
         """`done`, `refused` or `reverted`, the last two with the reason."""

@@ -22,6 +22,9 @@ def utc_now() -> str:
 class RotatingFile:
     """Appends bytes to a file of at most `max_bytes`, with three older ones beside it (`.1` is the youngest).
 
+    In the working directory, which is the instance's, a link is not followed and what others may read is closed to them; a file
+    elsewhere is where its user wants it, and as open.
+
     Never raises: what cannot be written is lost, and `error` says why until a write works again. A file that was deleted or
     moved away is begun anew, one that was truncated goes on from its new end.
     """
@@ -63,9 +66,14 @@ class RotatingFile:
                 return mine.st_size
             self.close()
         os.makedirs(os.path.dirname(self._path) or ".", mode=0o700, exist_ok=True)
+        here = os.path.dirname(self._path) in ("", os.getcwd())
         # O_NONBLOCK: a FIFO without a reader is then an error instead of a supervisor that stands still.
-        self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o600)
-        return os.fstat(self._fd).st_size
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | (os.O_NOFOLLOW if here else 0)
+        self._fd = os.open(self._path, flags, 0o600)
+        found = os.fstat(self._fd)
+        if here and found.st_mode & 0o077:
+            os.fchmod(self._fd, 0o600)
+        return found.st_size
 
     def _rotate(self) -> None:
         self.close()

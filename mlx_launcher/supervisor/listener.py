@@ -1,6 +1,7 @@
 """Binds the port before any server exists. The sockets stay open while servers come and go."""
 
 import errno
+import selectors
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,26 @@ class Port:
     def hosts(self) -> list[str]:
         """The addresses that are bound."""
         return [str(sock.getsockname()[0]) for sock in self.sockets]
+
+
+class Watch:
+    """Tells of somebody who connects, while nobody accepts. With a server it must be off: who waits keeps a listener readable.
+
+    It has to be off before the port is released.
+    """
+
+    def __init__(self, selector: selectors.BaseSelector, port: Port, call: Callable[[], object]) -> None:
+        self._selector, self._port, self._call = selector, port, call
+        self._watched: list[socket.socket] = []
+
+    def set(self, on: bool) -> None:
+        if bool(self._watched) is on:
+            return
+        for sock in self._watched:
+            self._selector.unregister(sock)
+        self._watched = list(self._port.sockets) if on else []
+        for sock in self._watched:
+            self._selector.register(sock, selectors.EVENT_READ, lambda mask: self._call())
 
 
 def bind_all(hosts: list[str], port: int, note: Callable[..., None]) -> list[socket.socket]:

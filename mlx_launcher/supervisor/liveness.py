@@ -72,3 +72,11 @@ class Work:
 def number(value: Any) -> int:
     """A count that a host reports; 0 for anything else."""
     return value if isinstance(value, int) else 0
+
+
+def unused_s(beat: dict[str, Any]) -> float:
+    """For how long a host has had nothing to do; 0 where it has, or does not say."""
+    idle_s = beat.get("idle_s")
+    if number(beat.get("in_flight")) + number(beat.get("queued")) or not isinstance(idle_s, int | float):
+        return 0.0
+    return float(idle_s)

@@ -15,10 +15,13 @@ from mlx_launcher.plan import Plan
 from mlx_launcher.supervisor import plans, status
 from mlx_launcher.supervisor.changes import Changes
 from mlx_launcher.supervisor.control import Answer, ControlServer, error_answer
-from mlx_launcher.supervisor.journal import Journal, utc_now
-from mlx_launcher.supervisor.listener import Port
+from mlx_launcher.supervisor.journal import Journal
+from mlx_launcher.supervisor.listener import Port, Watch
 from mlx_launcher.supervisor.policy import Decision, Policy
-from mlx_launcher.supervisor.process import Server, describe_exit
+from mlx_launcher.supervisor.process import Server
+from mlx_launcher.supervisor.record import Record
+from mlx_launcher.supervisor.requests import wrong
+from mlx_launcher.supervisor.standby import Standby
 from mlx_launcher.supervisor.terminal import Terminal
 
 PHASES = ("importing", "loading", "proving")
@@ -29,18 +32,19 @@ MAX_WAIT_S = 1.0
 GROUP_POLL_S = 0.03
 # A wait that took this much longer than asked was a sleeping laptop or a Ctrl-Z.
 GAP_S = 2.0
-# How often the log says that the fallback runs.
-REMIND_S = 3600.0
 
 
 class Supervisor:
-    """Runs one plan from the first server to the final state. `run` returns the exit code.
+    """Runs one plan from the first server to the final state. `run` returns the exit code. With `idle`, a plan that unloads
+    what is not used has its first server started by the first connection.
 
     The working directory must be the instance's, its lock held, `port` owned (it is released by the end); `wake` is the
     read end of what `signal.set_wakeup_fd` feeds. The constructor raises OSError without a control socket.
     """
 
-    def __init__(self, plan: Plan, port: Port, journal: Journal, wake: socket.socket, terminal: Terminal) -> None:
+    def __init__(
+        self, plan: Plan, port: Port, journal: Journal, wake: socket.socket, terminal: Terminal, idle: bool = False
+    ) -> None:
         self._changes = Changes(plan, journal, terminal)
         self._port = port
         self._journal = journal
@@ -48,16 +52,16 @@ class Supervisor:
         self._policy = Policy(plans.rules(plan), random.random)
         self._server: Server | None = None
         self._exit: str | None = None  # how the server's leader ended, while others of its group are left
-        self._last_exit: dict[str, Any] | None = None
-        self._beat: dict[str, Any] = {}
-        self._progress: dict[str, int] | None = None
+        self._record = Record()
+        self._start_idle = idle and not plans.lends(plan["backend"])
         self._stop_signals = 0
-        self._remind_at: float | None = None
         self._shown: tuple[Any, ...] = ()
         self._began = self._last_look = time.monotonic()
         self._now = 0.0
         self._pid_started = system.process_started(os.getpid())
         self._selector = selectors.DefaultSelector()
+        self._standby = Standby(self._selector, journal, self._changes.write)
+        self._watch = Watch(self._selector, port, self._on_connection)
         self._control = ControlServer(self._selector, self._on_request)
         self._wake = wake
         self._selector.register(wake, selectors.EVENT_READ, self._on_signals)
@@ -74,7 +78,7 @@ class Supervisor:
         self._changes.note_warnings()
         self._terminal.say(f"listening on {', '.join(hosts)} port {self._plan['port']}")
         try:
-            self._apply(self._policy.begin(self._now))
+            self._apply(self._policy.begin(self._now, self._start_idle))
             while not self._policy.finished:
                 self._look(self._wait_s())
         except Exception as error:
@@ -122,7 +126,8 @@ class Supervisor:
             self._stop(0.0, "the caller's end")
         if self._policy.state == "starting":
             self._terminal.advise(self._now)
-        self._remind()
+        self._changes.remind(self._now, self._policy.state == "degraded", self._status)
+        self._tend_standby()
         self._apply(self._policy.tick(self._now))
 
     # -- signals and requests
@@ -150,6 +155,7 @@ class Supervisor:
         self._journal.note("stop", by=who, drain_s=drain_s)
         self._changes.stopped()
         decisions = self._policy.stop(self._now, self._drain_s(drain_s))
+        self._watch.set(False)
         self._port.release()
         self._apply(decisions)
 
@@ -157,17 +163,14 @@ class Supervisor:
         return seconds if self._server is None or self._server.drains else 0.0
 
     def _on_request(self, request: dict[str, Any]) -> Answer:
-        do = request.get("do")
+        if (answer := wrong(request, self._plan["stop_timeout_s"])) is not None:
+            return answer
+        do = request["do"]
         if do == "status":
             return {"ok": True, "data": self._status()}
         if do == "stop":
-            timeout_s = request.get("timeout_s", self._plan["stop_timeout_s"])
-            if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 <= timeout_s < 1e9:
-                return error_answer("bad_request", "timeout_s is a number of seconds")
-            self._stop(float(timeout_s), "stop")
+            self._stop(float(request["timeout_s"]), "stop")
             return {"ok": True, "data": {"pid": os.getpid(), "stop_timeout_s": self._plan["stop_timeout_s"]}}
-        if do not in ("restart", "switch"):
-            return error_answer("bad_request", f"no request is called {do!r}", "Known: status, stop, restart, switch")
         if self._policy.draining:
             return error_answer("stopping", "the server is stopping", "Start it again with mlx-launch start")
         if self._changes.under_way:
@@ -183,16 +186,13 @@ class Supervisor:
         self._apply(self._policy.switch(self._now, drain_s, plans.rules(plan), to_fallback))
 
     def _on_switch(self, request: dict[str, Any]) -> Answer:
-        to, reason = request.get("to"), request.get("reason")
-        if to not in ("fallback", "configured") or not isinstance(reason, str):
-            return error_answer("bad_request", 'to is "fallback" or "configured", reason is a text')
-        to_fallback = to == "fallback"
+        to_fallback = request["to"] == "fallback"
         if to_fallback and self._plan["fallback"] is None:
             hint = 'Give the backend a "fallback" in the configuration, then mlx-launch restart'
             return error_answer("no_fallback", "this server has no fallback", hint)
         there = to_fallback is self._policy.on_fallback and self._policy.state in ("ready", "degraded")
         number = self._changes.switch(
-            to_fallback and not self._policy.on_fallback, reason, request.get("automatic") is True
+            to_fallback and not self._policy.on_fallback, request["reason"], request.get("automatic") is True
         )
         if there:
             self._changes.end("done")
@@ -200,17 +200,9 @@ class Supervisor:
             self._switch_to(self._plan, to_fallback)
         return {"ok": True, "data": {"reload_id": number}}
 
-    def _remind(self) -> None:
-        """A fallback that works is easily forgotten."""
-        if self._policy.state != "degraded":
-            self._remind_at = None
-        elif self._remind_at is None:
-            self._remind_at = self._now + REMIND_S
-        elif self._now >= self._remind_at:
-            self._remind_at = self._now + REMIND_S
-            text = status.degraded(self._status())
-            self._journal.note("degraded", reason=text)
-            self._changes.log.write(f"mlx-launch: degraded, {text}\n".encode())
+    def _on_connection(self) -> None:
+        """Nobody accepts it before the server that it starts."""
+        self._apply(self._policy.wanted(self._now))
 
     # -- the server
 
@@ -224,11 +216,14 @@ class Supervisor:
                     self._journal.trouble("answers", decision.why)
                     self._apply(self._policy.looked(self._now, self._server.cpu_s()))
                 continue
+            if decision.do == "idle":
+                self._record.unloads(self._now)
             event = decision.do.removesuffix("_asleep")
             self._journal.note(event, reason=decision.why, server=self._server and self._server.pid)
             self._changes.decided(decision)
             if self._server is not None:
                 self._server.end(decision.do)
+        self._watch.set(self._policy.asleep)
         self._changed()
 
     def _spawn(self) -> None:
@@ -239,8 +234,12 @@ class Supervisor:
             self._port.own()
             self._journal.trouble("port", None)
             if plans.lends(backend):
+                self._standby.close()  # it holds the listeners
                 self._port.release()
-            server = Server(self._plan, backend, self._port.sockets, self._selector, self._on_message, self._on_output)
+            waiting = self._standby.take(self._now, backend, self._on_message, self._on_output)
+            server = waiting or Server(
+                self._plan, backend, self._port.sockets, self._selector, self._on_message, self._on_output
+            )
         except LaunchError as error:
             self._apply(self._policy.spawn_failed(self._now, error.message, permanent=False))
             return
@@ -250,8 +249,11 @@ class Supervisor:
             self._regain_port()
             self._apply(self._policy.spawn_failed(self._now, why, permanent))
             return
-        self._server, self._progress, self._beat = server, None, status.between_servers(self._beat)
-        self._journal.note("spawn", server=server.pid, restarts=self._policy.restarts, backend=backend["name"])
+        self._server = server
+        self._record.begins(self._now)
+        self._journal.note(
+            "spawn", server=server.pid, restarts=self._policy.restarts, backend=backend["name"], standby=bool(waiting)
+        )
         self._apply(self._policy.spawned(self._now, outside=plans.lends(backend)))
         server.send({"type": "activate", "settings": backend["settings"]})
 
@@ -266,7 +268,7 @@ class Supervisor:
             "channel", "lines that are too long or no JSON" if self._server and self._server.dropped else None
         )
         if kind == "beat":
-            self._beat = message
+            self._record.beat = message
             self._journal.trouble("answers", None)
             self._apply(self._policy.beat(self._now, message))
         elif kind == "answered":
@@ -275,16 +277,13 @@ class Supervisor:
         elif kind == "refused":
             self._apply(self._policy.refused(self._now))
         elif kind == "phase" and message.get("phase") in PHASES:
-            self._progress = status.progress(message)
-            done = self._progress["done"] if self._progress else None
-            self._apply(self._policy.progressed(self._now, message["phase"], done))
+            self._apply(self._policy.progressed(self._now, message["phase"], self._record.phase(message)))
         elif kind == "unproved":
             self._journal.trouble("proof", message["reason"])
             self._policy.unproved(message["reason"])
         elif kind == "ready" and self._server is not None:
-            self._progress = None
             self._server.proved()
-            self._journal.note("ready", server=self._server.pid, took_s=message.get("took_s"))
+            self._journal.note("ready", server=self._server.pid, took_s=self._record.ready(self._now))
             self._apply(self._policy.ready(self._now))
         elif kind == "fault":
             parts = [str(message[key]).rstrip(".") for key in ("reason", "hint") if message.get(key)]
@@ -300,20 +299,22 @@ class Supervisor:
         if code is None:
             return
         server.hear_last_words()
-        self._last_exit = {"at": utc_now(), **describe_exit(code)}
-        if self._policy.ending is not None:
-            self._last_exit["reason"] = self._policy.ending
-        why = self._exit = self._last_exit["reason"]
+        why = self._exit = self._record.exits(code, self._policy.ending or self._policy.unloading)
         left = server.group_left()
-        self._journal.note("exit", server=server.pid, left=left, **self._last_exit)
+        self._journal.note("exit", server=server.pid, left=left, **(self._record.last_exit or {}))
         decisions = self._policy.exited(self._now, why, left)
         if not left:
             self._forget_server()
         self._apply(decisions)
 
+    def _tend_standby(self) -> None:
+        spare, backend = self._policy.spare, plans.backend(self._plan, self._policy.on_fallback)
+        fits = spare != "unwanted" and self._plan["standby"] and not plans.lends(backend)
+        self._standby.tick(self._now, spare == "wanted", self._plan, backend if fits else None, self._port.sockets)
+
     def _forget_server(self) -> None:
         """Lets go of a server of whose group nothing is left, once its last words are in the log."""
-        server, self._server, self._exit, self._progress = self._server, None, None, None
+        server, self._server, self._exit, self._record.progress = self._server, None, None, None
         if server is not None:
             server.close()
         self._regain_port()
@@ -332,30 +333,22 @@ class Supervisor:
     # -- what others see
 
     def _status(self) -> dict[str, Any]:
-        real = time.monotonic()
-        server: status.ServerStatus | None = None
-        if self._server is not None:
-            server = {
-                "pid": self._server.pid,
-                "uptime_s": round(real - self._server.began, 1),
-                "rss_bytes": self._beat.get("rss_bytes") if self._server.drains else system.rss_bytes(self._server.pid),
-                "restarts": self._policy.restarts,
-                "last_exit": self._last_exit,
-            }
         seen: status.Seen = {
             "state": self._policy.state,
             "phase": self._policy.phase,
-            "progress": self._progress,
+            "progress": self._record.progress,
             "draining": self._policy.drains,
             "last_error": self._policy.last_error,
-            "uptime_s": real - self._began,
+            "uptime_s": time.monotonic() - self._began,
             "rss_bytes": system.rss_bytes(os.getpid()),
-            "server": server,
+            "server": self._record.server(self._server, self._policy.restarts),
+            "standby": self._standby.seen(),
+            "start_s": self._record.start_s,
             "listener": self._listener(),
             "on_fallback": self._policy.on_fallback,
             "rollback": self._changes.rollback,
             "reload": self._changes.seen,
-            "beat": self._beat,
+            "beat": self._record.activity(self._now, self._policy.state == "idle"),
             "events": list(self._journal.tail),
         }
         return status.build(self._plan, seen)
@@ -376,18 +369,22 @@ class Supervisor:
             policy.last_error,
             policy.finished,
             pid,
+            self._standby.pid,
             reload,
         )
         data = self._status() if shown != self._shown or self._terminal.wanted else {}
         if shown != self._shown:
             self._shown = shown
             server = self._server.remembered() if self._server else None
-            self._journal.trouble("state", status.write_state(self._pid_started, server, data))
+            standby = self._standby.remembered()
+            self._journal.trouble("state", status.write_state(self._pid_started, server, standby, data))
         if self._terminal.wanted:
             self._terminal.show(status.headline(data))
 
     def _end(self) -> None:
+        self._watch.set(False)
         self._port.release()
+        self._standby.close()
         self._forget_server()
         self._changed()
         if self._policy.state == "failed":

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mlx_launcher.plan import Backend, Plan
-from mlx_launcher.supervisor.policy import Rules
+from mlx_launcher.supervisor.rules import Rules
 
 SCHEMA = 1
 KINDS = ("host", "script", "command")
@@ -24,6 +24,8 @@ _SHAPE: dict[str, Any] = {
     "stop_timeout_s": _NUMBER,
     "hang_timeout_s": _NUMBER,
     "freeze_timeout_s": _NUMBER,
+    "idle_timeout_s": _NUMBER,
+    "standby": bool,
     "memory_limit_bytes": (int, type(None)),
     "restart": {"max_restarts": int, "window_s": _NUMBER, "backoff_s": _NUMBER, "backoff_max_s": _NUMBER},
     "log_file": str,
@@ -60,7 +62,7 @@ def _check_backend(backend: Backend, path: str) -> None:
 
 def _require(value: Any, shape: Any, path: str) -> None:
     kind = dict if isinstance(shape, dict) else list if isinstance(shape, list) else shape
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{path} is {type(value).__name__}")
     if isinstance(shape, dict):
         for key, inner in shape.items():
@@ -84,6 +86,7 @@ def rules(plan: Plan) -> Rules:
         plan["freeze_timeout_s"],
         plan["memory_limit_bytes"],
         plan.get("fallback") is not None,
+        plan["idle_timeout_s"],
     )
 
 

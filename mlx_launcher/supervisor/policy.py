@@ -1,4 +1,4 @@
-"""Every rule about restarts, hangs, rollback, switches to another plan, and stopping. Pure: events and a time go in,
+"""Every rule about restarts, hangs, rollback, switches to another plan, idleness and stopping. Pure: events and a time go in,
 decisions come out.
 
 No clock, no I/O. Times are seconds on any clock that does not jump. At most one server is alive: between the decision to
@@ -7,16 +7,33 @@ spawn and `emptied` no other spawn is decided. After `finish` nothing is decided
 A new plan, or the other backend of the same plan, is on trial until its server is ready (`adopt`); if it fails before that,
 `revert` says that the next spawn is one of what is known to be good. A plan that fails and is not on trial goes on with its
 fallback, if it has one (`rollback`).
+
+A host without work for `idle_s` is ended in good order, and none is started before somebody connects (`asleep`, `wanted`).
 """
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from mlx_launcher.supervisor.liveness import Silence, Work, number
+from mlx_launcher.supervisor.liveness import Silence, Work, number, unused_s
+from mlx_launcher.supervisor.rules import Budget, Rules
 
-State = Literal["starting", "ready", "degraded", "restarting", "failed", "stopped"]
+State = Literal["starting", "ready", "idle", "degraded", "restarting", "failed", "stopped"]
 Step = Literal["spawn", "watch", "fault", "drain", "term", "kill"]
-Do = Literal["spawn", "wait", "look", "drain", "term", "term_asleep", "kill", "adopt", "revert", "rollback", "finish"]
+Do = Literal[
+    "spawn",
+    "wait",
+    "look",
+    "drain",
+    "term",
+    "term_asleep",
+    "kill",
+    "adopt",
+    "revert",
+    "rollback",
+    "idle",
+    "wake",
+    "finish",
+]
 
 # A host that reported a fault exits by itself; this bounds a host that does not.
 FAULT_EXIT_S = 5.0
@@ -26,25 +43,6 @@ LEFTOVER_S = 2.0
 KILL_WAIT_S = 10.0
 # A process that is stopped cannot see SIGTERM, and one that is deadlocked seldom does anything about it.
 FROZEN_TERM_S = 5.0
-JITTER = 0.1
-
-
-class Rules(NamedTuple):
-    """Seconds, and the number of crashes within `window_s` that are answered with a restart.
-
-    `hang_s` bounds how long a start may show no progress and work may stand still, `freeze_s` how long nothing at all may be
-    heard of a host; 0 is no bound. `fallback`: whether there is one.
-    """
-
-    max_restarts: int
-    window_s: float
-    backoff_s: float
-    backoff_max_s: float
-    stop_timeout_s: float
-    hang_s: float
-    freeze_s: float
-    memory_limit_bytes: int | None = None
-    fallback: bool = False
 
 
 class Decision(NamedTuple):
@@ -53,7 +51,7 @@ class Decision(NamedTuple):
     `wait` asks for nothing: it says why and for how long nothing is started. `look` asks what the group has used of the
     processor (`looked`). `term_asleep` is a SIGTERM that does not wake who is stopped: else it would take up connections that its
     successor can answer. `adopt`: what was on trial is now known to be good. `revert`: from here on that of before is in force
-    again. `rollback`: the next server is the fallback.
+    again. `rollback`: the next server is the fallback. `idle`: nothing runs before somebody connects, who is why to `wake`.
     """
 
     do: Do
@@ -75,9 +73,9 @@ class Policy:
         self.restarts = 0
         self.last_error: str | None = None
         self.ending: str | None = None  # why the server that runs is being replaced
+        self.unloading: str | None = None  # why it is ended, with no other in its place before somebody asks
         self.deadline: float | None = None  # when `tick` has something to say
         self._rules = self._good_rules = self._next_rules = rules
-        self._jitter = jitter
         self._server: Literal["none", "alive", "leftover"] = "none"
         self._step: Step | None = None  # what `deadline` ends
         self._silence = Silence(0.0, 0.0, by_cpu=False)
@@ -89,8 +87,7 @@ class Policy:
         self._reverted: str | None = None  # why the plan before is in force again, until it is ready
         self._rolled_back: str | None = None  # why the fallback runs, where that was not asked for
         self._good_on_fallback = self._next_on_fallback = False
-        self._crashes: list[float] = []  # in seconds of service, see _crash
-        self._served_s = 0.0
+        self._budget = Budget(jitter)
         self._ready_at: float | None = None
 
     @property
@@ -98,9 +95,30 @@ class Policy:
         """Whether the server is asked to end, in good order, for a stop, another plan, or a successor."""
         return self.draining or self.trial == "ending" or (self.ending is not None and self._server == "alive")
 
-    def begin(self, now: float) -> list[Decision]:
-        """The first server."""
+    @property
+    def asleep(self) -> bool:
+        """Whether nothing runs and nothing is due: somebody who connects has to be told of (`wanted`)."""
+        return self.state == "idle" and self._server == "none"
+
+    @property
+    def spare(self) -> Literal["wanted", "kept", "unwanted"]:
+        """What becomes of a standby. `kept`: one that is there may be the next server, but none is started now."""
+        if self.finished or self.draining or self.trial or self.unloading or self.state == "idle":
+            return "unwanted"
+        return "wanted" if self._ready_at is not None and self._step == "watch" else "kept"
+
+    def begin(self, now: float, idle: bool = False) -> list[Decision]:
+        """The first server; with `idle`, if the rules know idleness, not before somebody connects."""
+        if idle and self._rules.idle_s > 0:
+            return self._sleep("nothing is loaded before it is asked for")
         return self._next("spawn", now)
+
+    def wanted(self, now: float) -> list[Decision]:
+        """Somebody has connected while nothing runs."""
+        if not self.asleep:
+            return []
+        self.state = "starting"
+        return self._next("spawn", now, Decision("wake", "somebody connected"))
 
     def spawned(self, now: float, outside: bool = False) -> list[Decision]:
         """A server process exists; `outside`: it has no channel, and is judged by what it answers."""
@@ -141,6 +159,11 @@ class Policy:
 
     def beat(self, now: float, beat: dict[str, Any]) -> list[Decision]:
         """A host's report of its work."""
+        if self._step == "drain" and self.unloading:
+            # Who came in between is answered, however long that takes, as long as it gets on.
+            if self._work.seen(now, beat) and not unused_s(beat):
+                self.deadline = now + self._rules.stop_timeout_s
+            return []
         if self._step != "watch":
             return []
         moved = self._work.seen(now, beat)
@@ -154,6 +177,9 @@ class Policy:
         if 0 < self._rules.hang_s <= self._work.still_s(now):
             why = f"the server hung: requests in flight, and no progress for {self._rules.hang_s:g} s (hangTimeout)"
             return self._replace(why, self._term(now, why))
+        if 0 < self._rules.idle_s <= min(unused_s(beat), now - self._ready_at):
+            self.unloading = f"no work for {self._rules.idle_s:g} s (idleTimeout)"
+            return self._end_server(now, self._rules.stop_timeout_s, self.unloading)
         return []
 
     def answered(self, now: float) -> list[Decision]:
@@ -190,11 +216,11 @@ class Policy:
             return []
         why = self.ending or why
         if self._ready_at is not None:
-            self._served_s += now - self._ready_at
+            self._budget.served(now - self._ready_at)
             self._ready_at = None
         self._server, self.phase = "leftover", None
-        self.state = "stopped" if self.draining else "restarting"
-        if not self.draining and self.trial != "ending":
+        self.state = "stopped" if self.draining else "idle" if self.unloading else "restarting"
+        if not self.draining and not self.unloading and self.trial != "ending":
             self.last_error = self._verdict or why
         if not left:
             return self.emptied(now, why)
@@ -213,9 +239,12 @@ class Policy:
             return self._finish("stopped", "asked to stop")
         if self.trial == "ending":
             return self._start_trial(now)
-        delay = None if self._verdict else self._crash(why)
+        if self.unloading:
+            return self._sleep(self.unloading)
+        delay = None if self._verdict else self._budget.crash(self._rules)
         if delay is None:
-            return self._give_up(now, self._verdict or why)
+            self._verdict = self._verdict or self._budget.verdict(self._rules, why)
+            return self._give_up(now, self._verdict)
         self.state, self.last_error = "restarting", why
         self.restarts += 1
         return self._next("spawn", now + delay, Decision("wait", f"{why}; next start in {delay:.1f} s"))
@@ -228,6 +257,7 @@ class Policy:
         if self.finished or self.draining or self.trial:
             return []
         self.trial, self._next_rules, self._next_on_fallback = "ending", rules, to_fallback
+        self.unloading = None
         if self._server == "none":
             return self._start_trial(now)
         return [] if self._step == "fault" else self._end_server(now, drain_s, "another server takes its place")
@@ -236,7 +266,7 @@ class Policy:
         """End in good order, with at most `drain_s` seconds for what is in flight. Asked again it can only shorten that."""
         if self.finished:
             return []
-        self.draining, self.trial = True, None
+        self.draining, self.trial, self.unloading = True, None, None
         if self._server == "none":
             return self._finish("stopped", "asked to stop")
         return self._end_server(now, drain_s, "asked to stop")
@@ -311,7 +341,8 @@ class Policy:
 
     def _start_anew(self, now: float, *decisions: Decision) -> list[Decision]:
         """Starts another server: what its predecessor did does not count against it."""
-        self.state, self._verdict, self._crashes = "restarting", None, []
+        self.state, self._verdict = "restarting", None
+        self._budget.forgive()
         return self._next("spawn", now, *decisions)
 
     def _serves(self, now: float) -> list[Decision]:
@@ -344,32 +375,16 @@ class Policy:
             why = f"the fallback failed: {why}. It ran because of this: {self._rolled_back}"
         return self._finish("failed", why)
 
+    def _sleep(self, why: str) -> list[Decision]:
+        self.state, self.unloading, self._step, self.deadline = "idle", None, None, None
+        return [Decision("idle", why)]
+
     def _next(self, step: Step, at: float | None, *decisions: Decision) -> list[Decision]:
         self._step, self.deadline = step, at
         return list(decisions)
 
     def _term(self, now: float, why: str) -> list[Decision]:
         return self._next("term", now + self._rules.stop_timeout_s, Decision("term", why))
-
-    def _crash(self, why: str) -> float | None:
-        """Seconds to wait before the next start; None when the budget is spent.
-
-        The window is counted in seconds of service, not of the clock: a server that takes minutes to load and then dies
-        would otherwise never fill it, and be restarted for ever.
-        """
-        self._crashes = [at for at in self._crashes if at > self._served_s - self._rules.window_s]
-        self._crashes.append(self._served_s)
-        count = len(self._crashes)
-        if count > self._rules.max_restarts:
-            before = (
-                f"{count} crashes within {self._rules.window_s:g} s of service, the last one: " if count > 1 else ""
-            )
-            self._verdict = before + why
-            return None
-        if count == 1:
-            return 0.0
-        delay = min(self._rules.backoff_s * 2.0 ** min(count - 2, 60), self._rules.backoff_max_s)
-        return delay * (1 + JITTER * self._jitter())
 
     def _finish(self, state: State, why: str) -> list[Decision]:
         self.state, self.finished, self.draining = state, True, False

@@ -115,6 +115,10 @@ class Server:
         if self._probe:
             self._probe.watch()
 
+    def hand_over(self, hear: Callable[[dict[str, Any]], None], write: Callable[[bytes], None]) -> None:
+        """From now on it speaks to others."""
+        self._hear, self._write, self.began = hear, write, time.monotonic()
+
     def remembered(self) -> dict[str, Any]:
         """What a later supervisor needs to find it, should this one be killed."""
         return {"pid": self.pid, "started": self.started, "goes_by_itself": self.drains}

@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 
 from mlx_launcher.plan import Plan, compared
 from mlx_launcher.supervisor import plans
+from mlx_launcher.supervisor.standby import StandbyStatus
 
 STATE_NAME = "state.json"
 SCHEMA = 1
@@ -27,7 +28,9 @@ class ServerStatus(TypedDict):
 
 
 class Seen(TypedDict):
-    """What only the loop knows. `beat` is the host's last message of that type, or empty; `rollback` is why the fallback runs."""
+    """What only the loop knows. `beat` is the host's last message of that type, or empty; `rollback` is why the fallback runs;
+    `start_s` is how many seconds the last start took.
+    """
 
     state: str
     phase: str | None
@@ -37,6 +40,8 @@ class Seen(TypedDict):
     uptime_s: float
     rss_bytes: int | None
     server: ServerStatus | None
+    standby: StandbyStatus | None
+    start_s: float | None
     listener: str
     on_fallback: bool
     rollback: dict[str, Any] | None
@@ -46,7 +51,9 @@ class Seen(TypedDict):
 
 
 def build(plan: Plan, seen: Seen) -> dict[str, Any]:
-    """The `status` data of CLI.md, with `progress`, `reload`, `events`, `notes`, `log_file`, `port` and `settings` beside it."""
+    """The `status` data of CLI.md, with `progress`, `standby`, `start_s`, `reload`, `events`, `notes`, `log_file`, `port` and
+    `settings` beside it.
+    """
     beat = seen["beat"]
     return {
         "state": seen["state"],
@@ -61,6 +68,8 @@ def build(plan: Plan, seen: Seen) -> dict[str, Any]:
         "model": dict(plan["model"]),
         "supervisor": {"pid": os.getpid(), "uptime_s": round(seen["uptime_s"], 1), "rss_bytes": seen["rss_bytes"]},
         "server": seen["server"],
+        "standby": seen["standby"],
+        "start_s": seen["start_s"],
         "activity": {key: beat.get(key, 0.0 if key == "idle_s" else 0) for key in _ACTIVITY},
         "kv_cache": {**NO_KV_CACHE, **_as_dict(beat.get("kv_cache"))},
         "last_error": seen["last_error"],
@@ -99,6 +108,9 @@ def headline(status: dict[str, Any]) -> str:
         return f"ready {status['url']}" + (f", {degraded(status)}" if state == "degraded" else "")
     if state == "stopped":
         return "stopped"
+    if state == "idle":
+        took = f", which took {seen_s:.0f} s last time" if (seen_s := status["start_s"]) is not None else ""
+        return f"idle: nothing is loaded; the next request starts it{took}"
     if status["draining"]:
         return "stopping"
     if state == "failed" or (state == "restarting" and status["phase"] is None):
@@ -115,14 +127,18 @@ def degraded(status: dict[str, Any]) -> str:
     return f"on {status['backend']} instead of {status['configured_backend']}: {rollback['reason']}"
 
 
-def write_state(pid_started: float | None, server: dict[str, Any] | None, status: dict[str, Any]) -> str | None:
-    """Replaces state.json in the working directory, whole or not at all; why it could not be, or None."""
-    text = json.dumps(
-        {"schema": SCHEMA, "pid": os.getpid(), "pid_started": pid_started, "server": server, "status": status}
-    )
+def write_state(
+    pid_started: float | None, server: dict[str, Any] | None, standby: dict[str, Any] | None, status: dict[str, Any]
+) -> str | None:
+    """Replaces state.json in the working directory, whole or not at all; why it could not be, or None.
+
+    `server` and `standby` are what a later supervisor needs to find them.
+    """
+    state = {"schema": SCHEMA, "pid": os.getpid(), "pid_started": pid_started, "server": server, "standby": standby}
+    text = json.dumps({**state, "status": status})
     new = f".{STATE_NAME}.new"
     try:
-        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         try:
             data = text.encode()
             while data:

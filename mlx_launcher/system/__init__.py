@@ -114,6 +114,11 @@ def group_cpu_s(pgid: int) -> float | None:
     return sum(used) if used else None
 
 
+def service_gave_up_code() -> int:
+    """The exit code of a service that must not be started again: systemd can be told of 1, launchd knows none but 0."""
+    return 0 if sys.platform == "darwin" else 1
+
+
 def port_holders(port: int) -> list[Holder]:
     """The processes that listen on a TCP port, as far as the system tells; empty when nobody does or nothing is known."""
     import psutil

@@ -1,5 +1,6 @@
 """The KV cache on disk, with a model whose answers depend on the whole prompt."""
 
+import functools
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -126,17 +127,19 @@ def test_two_servers_of_one_model_are_both_right_and_both_keep(random_model: Pat
 
 
 def test_the_answer_is_out_before_a_byte_is_written(random_model: Path, directory: Path) -> None:
+    def more_than(count: int) -> bool:
+        return len(entries(directory)) > count
+
     with Host(random_model, free_port(), directory) as host:
-        body = {"messages": [{"role": "user", "content": prose(1, 600)}], "max_tokens": 4, "stream": True}
         for seed in range(5):
-            body["messages"] = [{"role": "user", "content": prose(seed, 600)}]
             before = len(entries(directory))
+            question = [{"role": "user", "content": prose(seed, 600)}]
+            body = {"messages": question, "max_tokens": 4, "stream": True}
             reply = http_request(host.port, "/v1/chat/completions", body)
             answered = time.time()
             assert list(stream_events(reply.body))[-1] == "[DONE]"
-            until(lambda before=before: len(entries(directory)) > before)
+            until(functools.partial(more_than, before))
             assert max(path.stat().st_mtime for path in entries(directory)) >= answered
-
 
 def test_a_conversation_of_many_turns_costs_its_new_tokens(random_model: Path, directory: Path) -> None:
     messages = [{"role": "user", "content": prose(1, 300)}]

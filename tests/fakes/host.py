@@ -1,5 +1,7 @@
 """A server that speaks the host's side of the channel and does what its arguments say. Standard library only; quick to start.
 
+As the real ones it waits for `activate` between importing and loading; a standby is one that waits for long.
+
 `GET /pid` (any other path too) answers with its pid; `/die` exits with 3, `/kill` is SIGKILL, `/freeze` SIGSTOP, `/exit0` exits
 with 0, `/fault` reports a fault and exits with 1, `/slow` answers after a second, `/flood?N` writes N bytes of log first,
 `/line?N` N bytes of binary without a newline, `/busy?N` answers after N tenths of a second in which its counters move, `/hang`
@@ -31,6 +33,7 @@ arguments.add_argument("--fault", help="report this fault instead of ready, and 
 arguments.add_argument("--fault-if", help="report a fault if this file exists")
 arguments.add_argument("--silent", action="store_true", help="say nothing while loading")
 arguments.add_argument("--secret", help="is ignored")
+arguments.add_argument("--die-waiting", action="store_true", help="exit with 3 if nobody activates it at once")
 arguments.add_argument("--ignore-sigterm", action="store_true")
 arguments.add_argument("--ignore-channel", action="store_true", help="never read it, not even its end")
 arguments.add_argument(
@@ -52,6 +55,7 @@ processed = 0
 rss = 4096
 mute = False
 draining = False
+last_activity = time.monotonic()
 
 
 def send(**message: object) -> None:
@@ -72,7 +76,8 @@ def beat() -> None:
         return
     kv_cache = {"dir": "/kv", "entries": 1, "bytes": 2, "limit_bytes": 3}
     counts = {"in_flight": in_flight, "queued": 0, "requests": served, "processed_tokens": processed}
-    send(type="beat", rss_bytes=rss, kv_cache=kv_cache, notes=[], **counts)
+    idle_s = round(time.monotonic() - last_activity, 2)
+    send(type="beat", rss_bytes=rss, kv_cache=kv_cache, notes=[], idle_s=idle_s, **counts)
 
 
 def leave_grandchild() -> None:
@@ -82,12 +87,15 @@ def leave_grandchild() -> None:
 
 
 def start_up() -> None:
+    global last_activity
     if options.ignore_sigterm:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print("fake host", os.getpid(), flush=True)
     phase("importing")
     if options.grandchild:
         leave_grandchild()
+    if not options.ignore_channel:
+        wait_for_activation()
     began = time.monotonic()
     phase("loading", 0)
     while (passed := time.monotonic() - began) < options.loading_s:
@@ -103,6 +111,7 @@ def start_up() -> None:
     if options.fault:
         send(type="fault", reason=options.fault, hint="Look at it.")
         os._exit(1)
+    last_activity = time.monotonic()
     send(type="ready", took_s=round(time.monotonic() - began, 2))
     beat()
     if options.die_after is not None:
@@ -111,10 +120,38 @@ def start_up() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def wait_for_activation() -> None:
+    selector = selectors.DefaultSelector()
+    selector.register(channel, selectors.EVENT_READ)
+    while True:
+        if not selector.select(0.2):
+            if options.die_waiting:
+                os._exit(3)
+            beat()
+        elif next_message() == "activate":
+            return
+
+
+def next_message() -> str:
+    """The type of the next line of the channel, and no byte more; the channel's end is the end of this process."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = channel.recv(1)
+        if not byte:
+            os._exit(0)
+        line += byte
+    kind = str(json.loads(line)["type"])
+    print("received", kind, flush=True)
+    if kind == "stop" and not options.ignore_sigterm:
+        os._exit(0)
+    return kind
+
+
 def count(change: int) -> None:
-    global in_flight
+    global in_flight, last_activity
     with count_lock:
         in_flight += change
+        last_activity = time.monotonic()
 
 
 def answer(client: socket.socket) -> None:
@@ -175,26 +212,15 @@ def act(path: str, amount: int) -> None:
             os.write(1, line * 500)
 
 
-def on_channel(selector: selectors.BaseSelector, received: bytearray) -> None:
+def on_channel(selector: selectors.BaseSelector) -> None:
     global draining
-    data = channel.recv(65536)
-    if not data:
-        os._exit(0)
-    received += data
-    while b"\n" in received:
-        line, _, rest = bytes(received).partition(b"\n")
-        received[:] = rest
-        kind = json.loads(line)["type"]
-        print("received", kind, flush=True)
-        if kind == "stop" and not options.ignore_sigterm:
+    if next_message() == "drain":
+        draining = True
+        for listener in listeners:
+            selector.unregister(listener)
+            listener.close()
+        if not in_flight:
             os._exit(0)
-        if kind == "drain":
-            draining = True
-            for listener in listeners:
-                selector.unregister(listener)
-                listener.close()
-            if not in_flight:
-                os._exit(0)
 
 
 def serve() -> None:
@@ -203,11 +229,10 @@ def serve() -> None:
         selector.register(listener, selectors.EVENT_READ)
     if not options.ignore_channel:
         selector.register(channel, selectors.EVENT_READ)
-    received = bytearray()
     while True:
         for key, _ in selector.select(0.5):
             if key.fileobj is channel:
-                on_channel(selector, received)
+                on_channel(selector)
                 continue
             try:
                 client, _ = key.fileobj.accept()  # type: ignore[union-attr]

@@ -125,7 +125,7 @@ def test_a_fallback_that_serves_is_mentioned_once_an_hour(
     supervisor._changes.rolled_back("The weights are torn", automatic=True)
     for minute in range(150):
         supervisor._now = minute * 60.0
-        supervisor._remind()
+        supervisor._changes.remind(supervisor._now, True, supervisor._status)
     said = [line["reason"] for line in launched.journal() if line["event"] == "degraded"]
     assert said == ["on mlx-legacy instead of mlx: The weights are torn"] * 2
     log = (launched.instance / "server.log").read_text()

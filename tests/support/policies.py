@@ -1,6 +1,7 @@
 """A policy at work, and the events that most tests of it begin with."""
 
-from mlx_launcher.supervisor.policy import Decision, Policy, Rules
+from mlx_launcher.supervisor.policy import Decision, Policy
+from mlx_launcher.supervisor.rules import Rules
 
 RULES = Rules(
     max_restarts=3,

@@ -43,10 +43,15 @@ def launch(instance: Path, port: int) -> "Iterator[Callable[..., Launched]]":
     all_of_them: list[Launched] = []
 
     def start(
-        *host_arguments: str, foreground: bool = False, report: bool = True, preexec: Preexec = None, **changes: Any
+        *host_arguments: str,
+        foreground: bool = False,
+        report: bool = True,
+        preexec: Preexec = None,
+        idle: bool = False,
+        **changes: Any,
     ) -> Launched:
         plan = make_plan(Path(changes.pop("instance", instance)), changes.pop("port", port), *host_arguments, **changes)
-        all_of_them.append(Launched(plan, foreground, report, preexec))
+        all_of_them.append(Launched(plan, foreground, report, preexec, idle))
         return all_of_them[-1]
 
     yield start
@@ -92,6 +97,7 @@ def make_plan(instance: Path, port: int, *host_arguments: str, **changes: Any) -
         "hang_timeout_s": 120.0,
         "freeze_timeout_s": 30.0,
         "idle_timeout_s": 0.0,
+        "standby": False,
         "memory_limit_bytes": None,
         "restart": {**restart, **changes.pop("restart", {})},
         "log_file": str(instance / "server.log"),
@@ -110,7 +116,12 @@ class Launched:
     """One supervisor process. `report` is what it said on its report descriptor, None with `foreground`."""
 
     def __init__(
-        self, plan: dict[str, Any], foreground: bool = False, report: bool = True, preexec: Preexec = None
+        self,
+        plan: dict[str, Any],
+        foreground: bool = False,
+        report: bool = True,
+        preexec: Preexec = None,
+        idle: bool = False,
     ) -> None:
         self.plan = plan
         self.port: int = plan["port"]
@@ -122,6 +133,7 @@ class Launched:
             argv = [sys.executable, "-m", "mlx_launcher.supervisor", "--plan-fd", str(file.fileno())]
             argv += ["--report-fd", str(write_end)] if report else []
             argv += ["--foreground"] if foreground else []
+            argv += ["--idle"] if idle else []
             self.process = subprocess.Popen(
                 argv,
                 pass_fds=[file.fileno(), write_end],
@@ -209,6 +221,9 @@ class Launched:
     def server_pids(self) -> list[int]:
         return [line["server"] for line in self.journal() if line["event"] == "spawn"]
 
+    def standby_pids(self) -> list[int]:
+        return [line["standby"] for line in self.journal() if line["event"] == "standby"]
+
     def refuses(self) -> bool:
         with socket.socket() as sock:
             return sock.connect_ex(("127.0.0.1", self.port)) != 0
@@ -221,7 +236,7 @@ class Launched:
             if stream is not None:
                 stream.close()
         with contextlib.suppress(OSError):
-            for pid in self.server_pids():
+            for pid in (*self.server_pids(), *self.standby_pids()):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(pid, signal.SIGKILL)
 

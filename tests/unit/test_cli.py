@@ -256,6 +256,22 @@ def test_what_a_status_says() -> None:
         assert part in text
 
 
+def test_idle_says_what_brings_it_back() -> None:
+    idle = {**STATUS, "state": "idle", "server": None, "start_s": 3725.0}
+    text = "none, the next request starts it, which took 1 h 2 min last time"
+    assert f"  server      {text}" in status_screen(idle)
+    assert f"  server      {text}" in ready_screen(App([]), idle, False)
+    assert "  server      none, the next request starts it" in status_screen({**idle, "start_s": None})
+    assert "  server      none" in status_screen({**idle, "state": "restarting"})
+
+
+def test_a_standby_is_shown() -> None:
+    (line,) = [
+        line for line in status_screen({**STATUS, "standby": {"pid": 7, "rss_bytes": 10**8}}) if "standby" in line
+    ]
+    assert line == "  standby     pid 7, 100 MB, takes over after a crash"
+
+
 def test_a_failed_server_shows_the_end_of_its_log_whole(tmp_path: Path) -> None:
     log = tmp_path / "server.log"
     log.write_text("\n".join([f"line {n}" for n in range(40)] + ["x" * 100 + "the cause\x1b[0m"]))

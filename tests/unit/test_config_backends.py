@@ -71,7 +71,11 @@ def test_the_files_values_reach_the_plan(configured: Configured) -> None:
         freezeTimeout="20s",
         idleTimeout="1h",
         restart={"maxRestarts": 1, "window": "1m", "backoff": "1s", "backoffMax": "2s"},
-        cache={"enable_cache": False, "cache_slots": 5, "min_tokens_for_cache": 7, "dir": "kv", "memoryBytes": "2GB"},
+        cache={
+            **{"enable_cache": False, "cache_slots": 5, "min_tokens_for_cache": 7, "dir": "kv"},
+            **{"memoryBytes": "2GB", "maxBytes": "40GB"},
+        },
+        warmup={"promptFiles": ["prompts/first.json", "/second.json"]},
     )
     assert (plan["port"], plan["hosts"], plan["url"]) == (8099, ["127.0.0.2"], "http://127.0.0.2:8099/v1")
     assert plan["restart"] == {"max_restarts": 1, "window_s": 60, "backoff_s": 1, "backoff_max_s": 2}
@@ -81,8 +85,9 @@ def test_the_files_values_reach_the_plan(configured: Configured) -> None:
     assert (settings["api_key"], settings["require_key"], settings["accept_any_model"]) == ("k", True, False)
     assert settings["max_queue"] == 3
     directory = str(configured.directory / "kv")
-    cache = {"enabled": False, "dir": directory, "slots": 5, "min_tokens": 7, "memory_bytes": 2_000_000_000}
-    assert settings["cache"] == cache
+    cache = {"enabled": False, "dir": directory, "slots": 5, "min_tokens": 7}
+    assert settings["cache"] == {**cache, "memory_bytes": 2_000_000_000, "max_bytes": 40_000_000_000}
+    assert settings["warmup"] == [str(configured.directory / "prompts" / "first.json"), "/second.json"]
     assert plan["backend"]["env"]["A"] == "b"
 
 
@@ -339,3 +344,17 @@ def test_what_two_starts_are_compared_by(configured: Configured) -> None:
     ]  # fmt: skip
     for other in others:
         assert compared(configured.plan(**{"apiKey": "s3cret", "env": {"TOKEN": "s3cret"}, **other})) != compared(plan)
+
+
+def test_a_standby_is_asked_for(configured: Configured) -> None:
+    assert (configured.plan()["standby"], configured.plan(standby=True)["standby"]) == (False, True)
+
+
+def test_what_a_server_of_ones_own_cannot_have_is_said(configured: Configured) -> None:
+    wanted: dict[str, Any] = {"idleTimeout": "1h", "standby": True}
+    assert configured.plan(**wanted)["notes"] == []
+    assert configured.plan(command=["true", "{port}"])["notes"] == []
+    assert configured.plan(command=["true", "{port}"], **wanted)["notes"] == [
+        "idleTimeout has no effect on a server of your own (command or serverScript)",
+        "standby has no effect on a server of your own (command or serverScript)",
+    ]

@@ -14,7 +14,19 @@ HOST_LIBRARIES = {"mlx", "mlx_lm", "mlx_textgen", "llguidance", "numpy", "pydant
 # room -> (rooms it may import, libraries it may import)
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "cli": (
-        {"config", "backends", "demo", "service", "kvcache", "models", "system", "supervisor.control", *LEAVES},
+        {
+            "bench",
+            "config",
+            "backends",
+            "demo",
+            "doctor",
+            "service",
+            "kvcache",
+            "models",
+            "system",
+            "supervisor.control",
+            *LEAVES,
+        },
         {"click"},
     ),
     "config": ({"models", "system", *LEAVES}, {"pydantic", "yaml"}),
@@ -24,6 +36,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "kvcache": ({"models"}, set()),
     "models": ({"system", "errors"}, {"huggingface_hub"}),
     "demo": (set(), set()),
+    "bench": ({"errors"}, set()),
+    "doctor": ({"backends", "config", "kvcache", "models", "system", *LEAVES}, {"packaging", "psutil"}),
     "system": (set(), {"psutil"}),
     "errors": (set(), set()),
     "plan": (set(), set()),
@@ -82,8 +96,9 @@ def test_the_rules_refuse_what_they_are_there_for() -> None:
 
 def test_the_policy_is_pure() -> None:
     effects = {"time", "os", "socket", "subprocess", "logging", "random", "select", "selectors", "signal", "pathlib"}
-    names = {name.split(".")[0] for name in imports_of(ROOT / "supervisor" / "policy.py")}
-    assert names & effects == set()
+    for module in ("policy", "liveness", "rules"):
+        names = {name.split(".")[0] for name in imports_of(ROOT / "supervisor" / f"{module}.py")}
+        assert names & effects == set()
 
 
 def test_every_room_is_in_the_page_on_architecture() -> None:

@@ -3,18 +3,17 @@
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support.policies import RULES, crash, dos, policy_at_work, spawned, until_due
 
 from mlx_launcher.supervisor.policy import (
     FAULT_EXIT_S,
-    JITTER,
     KILL_WAIT_S,
     LEFTOVER_S,
     Decision,
     Policy,
-    Rules,
 )
+from mlx_launcher.supervisor.rules import JITTER, Rules
 
 
 def test_is_ready_only_after_ready() -> None:
@@ -165,7 +164,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rules_ = Rules(3, 20.0, 0.5, 4.0, 3.0, 10.0, 5.0, 1000, fallback=True)
+        self.rules_ = Rules(3, 20.0, 0.5, 4.0, 3.0, 10.0, 5.0, 1000, fallback=True, idle_s=7.0)
         self.policy = Policy(self.rules_, lambda: self.jitter)
         self.jitter = 0.0
         self.now = 0.0
@@ -181,7 +180,12 @@ class AnyOrder(RuleBasedStateMachine):
         self.stop_asked: float | None = None
         self.trials = self.outcomes = 0
         self.on_trial = False
-        self.take(self.policy.begin(self.now))
+        self.woken = False
+
+    @initialize(idle=st.booleans())
+    def begins(self, idle: bool) -> None:
+        self.take(self.policy.begin(self.now, idle))
+        assert self.policy.asleep is idle
 
     def take(self, decisions: list[Decision]) -> None:
         for do, why in decisions:
@@ -198,12 +202,18 @@ class AnyOrder(RuleBasedStateMachine):
                 if self.policy.trial and not self.on_trial:
                     self.spawns.clear()
                 self.on_trial = bool(self.policy.trial)
-                self.spawns.append(self.now)
+                if not self.woken:
+                    self.spawns.append(self.now)
+                self.woken = False
                 self.policy.spawned(self.now, self.outside)
             if do in ("adopt", "revert"):
                 self.outcomes += 1
             if do in ("revert", "rollback"):
                 self.spawns.clear()  # another plan, another backend has a budget of its own
+            if do == "idle":
+                assert not self.alive, "idle with a server"
+                assert not self.left or self.killed
+            self.woken |= do == "wake"  # what is started because somebody asks is no answer to a crash
             # What outlives a SIGKILL after its leader is at last given up: zombies that nobody reaps.
             self.killed |= do == "kill"
 
@@ -221,13 +231,29 @@ class AnyOrder(RuleBasedStateMachine):
         self.outside = outside
 
     @precondition(lambda self: self.alive)
-    @rule(in_flight=st.integers(0, 2), moved=st.booleans(), rss=st.sampled_from([10, 999, 1001]))
-    def beats(self, in_flight: int, moved: bool, rss: int) -> None:
+    @rule(
+        in_flight=st.integers(0, 2),
+        queued=st.integers(0, 1),
+        idle_s=st.sampled_from([None, 0.0, 6.9, 7.0, 1e6]),
+        moved=st.booleans(),
+        rss=st.sampled_from([10, 999, 1001]),
+    )
+    def beats(self, in_flight: int, queued: int, idle_s: float | None, moved: bool, rss: int) -> None:
         self.counter += moved
-        beat = {"in_flight": in_flight, "processed_tokens": self.counter, "rss_bytes": rss}
-        serving = self.policy.state in ("ready", "degraded")
-        decisions = self.policy.beat(self.now, beat)
+        busy = in_flight + queued > 0
+        beat = {"in_flight": in_flight, "queued": queued, "processed_tokens": self.counter, "rss_bytes": rss}
+        serving, unloading = self.policy.state in ("ready", "degraded"), self.policy.unloading
+        decisions = self.policy.beat(self.now, {**beat, "idle_s": idle_s})
         self.take(decisions)
+        if self.policy.unloading and not unloading:
+            assert serving
+            assert not busy, "unloaded with work in flight"
+            assert idle_s is not None
+            assert idle_s >= self.rules_.idle_s
+            assert dos(decisions) == ["drain"]
+            return
+        if unloading and busy and moved and self.policy._step == "drain":
+            assert until_due(self.policy) == self.now + self.rules_.stop_timeout_s, "who came in between is cut off"
         if moved and rss <= 1000:
             assert not decisions, "a server that gets on was ended"
         if decisions:
@@ -260,10 +286,14 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(left=st.booleans())
     def exits(self, left: bool) -> None:
         self.alive, self.left = False, left
-        serving = self.policy.state in ("ready", "degraded")
+        serving, unloading = self.policy.state in ("ready", "degraded"), self.policy.unloading
+        before = self.policy.restarts, self.policy.last_error
         decisions = self.policy.exited(self.now, "died", left)
         self.check_delay(decisions)
-        if serving and not left and self.stop_asked is None and self.now - self.ready_at >= self.rules_.window_s:
+        if unloading:
+            assert self.policy.state == "idle"
+            assert (self.policy.restarts, self.policy.last_error) == before, "an end in good order counts as a crash"
+        elif serving and not left and self.stop_asked is None and self.now - self.ready_at >= self.rules_.window_s:
             assert "wait" in dos(decisions), "what was long ago counted"
             assert until_due(self.policy) == self.now
 
@@ -277,6 +307,18 @@ class AnyOrder(RuleBasedStateMachine):
         self.take(decisions)
         if "wait" in dos(decisions):
             assert until_due(self.policy) - self.now <= self.rules_.backoff_max_s * (1 + JITTER)
+
+    @rule()
+    def somebody_connects(self) -> None:
+        asleep, on_fallback = self.policy.asleep, self.policy.on_fallback
+        decisions = self.policy.wanted(self.now)
+        self.take(decisions)
+        assert dos(decisions) == (["wake"] if asleep else [])
+        if asleep:
+            assert (self.policy.state, until_due(self.policy)) == ("starting", self.now)
+            assert self.policy.on_fallback is on_fallback
+            self.take(self.policy.tick(self.now))
+            assert self.alive
 
     @rule(drain_s=st.sampled_from([0.0, 1.0, 10.0]), to_fallback=st.booleans())
     def switch(self, drain_s: float, to_fallback: bool) -> None:
@@ -315,7 +357,21 @@ class AnyOrder(RuleBasedStateMachine):
 
     @invariant()
     def something_is_always_due_or_alive(self) -> None:
-        assert self.policy.finished or self.policy.deadline is not None or self.alive
+        assert self.policy.finished or self.policy.deadline is not None or self.alive or self.policy.asleep
+
+    @invariant()
+    def what_is_idle_can_be_woken(self) -> None:
+        if self.policy.state == "idle" and not self.policy.finished:
+            assert not self.alive
+            assert self.policy.asleep or self.policy.deadline is not None, "no way back"
+
+    @invariant()
+    def a_standby_waits_only_beside_a_server_or_for_one(self) -> None:
+        if self.policy.spare == "wanted":
+            assert self.alive
+            assert self.proved
+        if self.policy.asleep or self.policy.finished or self.policy.draining or self.policy.unloading:
+            assert self.policy.spare == "unwanted"
 
     @property
     def on_trial_or_switched(self) -> bool:

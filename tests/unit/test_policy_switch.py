@@ -3,7 +3,8 @@
 import pytest
 from support.policies import RULES, crash, dos, policy_at_work, until_due
 
-from mlx_launcher.supervisor.policy import Policy, Rules
+from mlx_launcher.supervisor.policy import Policy
+from mlx_launcher.supervisor.rules import Rules
 
 
 def on_trial(rules: Rules = RULES) -> Policy:

@@ -1,0 +1,64 @@
+"""What is known of the servers so far: what the one that runs has told, how its start went, how the last one ended."""
+
+import time
+from typing import Any
+
+from mlx_launcher import system
+from mlx_launcher.supervisor import status
+from mlx_launcher.supervisor.journal import utc_now
+from mlx_launcher.supervisor.process import Server, describe_exit
+
+
+class Record:
+    """`beat` is the last message of that type, `progress` how far a load is. Times are seconds on the loop's clock."""
+
+    def __init__(self) -> None:
+        self.beat: dict[str, Any] = {}
+        self.progress: dict[str, int] | None = None
+        self.last_exit: dict[str, Any] | None = None
+        self.start_s: float | None = None  # how long the last start took
+        self._asked_at = 0.0  # when it began
+        self._unused_since = 0.0  # when there was work last, before the server was unloaded
+
+    def begins(self, now: float) -> None:
+        """A server starts."""
+        self.beat, self.progress, self._asked_at = status.between_servers(self.beat), None, now
+
+    def phase(self, message: dict[str, Any]) -> int | None:
+        """A phase of a start; how many bytes are loaded, where it says so."""
+        self.progress = status.progress(message)
+        return self.progress["done"] if self.progress else None
+
+    def ready(self, now: float) -> float:
+        """A start has ended; how long it took."""
+        self.progress, self.start_s = None, round(now - self._asked_at, 3)
+        return self.start_s
+
+    def exits(self, code: int, asked: str | None) -> str:
+        """Why it ended: what it was `asked` to end for, or else what waitpid says."""
+        self.last_exit = {"at": utc_now(), **describe_exit(code)}
+        if asked is not None:
+            self.last_exit["reason"] = asked
+        return str(self.last_exit["reason"])
+
+    def unloads(self, now: float) -> None:
+        """No server runs before somebody asks."""
+        self._unused_since = now - float(self.beat.get("idle_s", 0.0))
+
+    def activity(self, now: float, idle: bool) -> dict[str, Any]:
+        """The last beat; with `idle`, what the last server had done, and since when there has been nothing to do."""
+        if not idle:
+            return self.beat
+        return {**self.beat, "idle_s": round(now - self._unused_since, 1), "in_flight": 0, "queued": 0}
+
+    def server(self, server: Server | None, restarts: int) -> status.ServerStatus | None:
+        """What `status` shows of the one that runs."""
+        if server is None:
+            return None
+        return {
+            "pid": server.pid,
+            "uptime_s": round(time.monotonic() - server.began, 1),
+            "rss_bytes": self.beat.get("rss_bytes") if server.drains else system.rss_bytes(server.pid),
+            "restarts": restarts,
+            "last_exit": self.last_exit,
+        }
