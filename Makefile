@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: start stop test test-faults soak lint types clean
+.PHONY: start stop test test-faults soak bench lint types clean
 
 start: $(READY)
 	@$(BIN)/mlx-launch start --demo
@@ -26,6 +26,11 @@ types: $(READY)
 
 soak: $(READY)
 	@$(BIN)/python tests/soak.py --minutes $(or $(MINUTES),10)
+
+# Half an hour on two cores, and nothing else should run meanwhile.
+bench: $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@$(BIN)/python -m benchmarks
 
 test-faults: $(READY)
 	@$(BIN)/python -m pytest tests/faults tests/unit/test_policy.py

@@ -1,9 +1,9 @@
 """Guided decoding of a tool call: sixteen tools, a vocabulary of 151,936 tokens (Qwen's size).
 
-    .venv/bin/python benchmarks/guided.py
+    python -m benchmarks.guided [--json]
 
-Prints the time to the first mask, the time per mask while a call is written, and the memory it takes. The vocabulary is made
-here (bytes and random words); outlines 0.2.3 took 131 s to compile the same on the same kind of machine (docs/architecture.md).
+The time to the first mask and the time per mask while a call is written. The vocabulary is made here (bytes and random words);
+outlines 0.2.3 took 131 s to compile the same on the same kind of machine (docs/architecture.md).
 """
 
 import json
@@ -18,6 +18,7 @@ import psutil
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.row import Row, show, spread
 from mlx_launcher.host.guided import Guides, tool_call_grammar
 from mlx_launcher.host.requests import Tool
 
@@ -46,7 +47,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def main() -> None:
+def measure() -> list[Row]:
     words = tokenizer()
     process = psutil.Process()
     before = process.memory_info().rss
@@ -58,34 +59,34 @@ def main() -> None:
     guides = Guides(words)
     mx.eval(guides.matcher(tool_call_grammar(tools))(input_ids=nothing, logits=logits))
     once = time.perf_counter() - began
-    firsts, masks, whole = [], [], []
+    firsts, masks = [], []
     tokens = words.encode(json.dumps(CALL), add_special_tokens=False)
     for _ in range(10):
         began = time.perf_counter()
         matcher = guides.matcher(tool_call_grammar(tools))
         matcher.fill()
-        firsts.append(time.perf_counter() - began)
+        firsts.append((time.perf_counter() - began) * 1000)
         for token in tokens:
             if not matcher.consume([token]):
                 raise SystemExit(f"the grammar refuses {words.decode([token])!r}")
             began = time.perf_counter()
             matcher.fill()
-            masks.append(time.perf_counter() - began)
-            began = time.perf_counter()
-            mx.eval(matcher(input_ids=nothing, logits=logits))
-            whole.append(time.perf_counter() - began)
+            masks.append((time.perf_counter() - began) * 1000)
     megabytes = (process.memory_info().rss - before) / 1e6
-    cuts = statistics.quantiles(masks, n=100)
-    sys.stdout.write(
-        f"{len(TOOLS)} tools, {VOCABULARY} tokens, a call of {len(tokens)} tokens, 10 times\n"
-        f"tokenizer converted, once per model      {once * 1000:8.1f} ms\n"
-        f"request to first mask                    {statistics.median(firsts) * 1000:8.1f} ms (goal 50)\n"
-        f"mask, median                             {cuts[49] * 1000:8.3f} ms (goal 0.2)\n"
-        f"mask, 99th percentile                    {cuts[98] * 1000:8.3f} ms\n"
-        f"mask put on the logits, median           {statistics.median(whole) * 1000:8.3f} ms\n"
-        f"memory                                   {megabytes:8.0f} MB\n"
-    )
+    what = f"{len(TOOLS)} tools, {VOCABULARY:,} tokens, a call of {len(tokens)} tokens, 10 times"
+    about = f"{what}; once for a model {once * 1000:.0f} ms and {megabytes:.0f} MB"
+    return [
+        _row("guided decoding, request to first mask", 50.0, firsts, about),
+        _row("guided decoding, a mask", 0.2, masks, what),
+    ]
+
+
+def _row(measure: str, goal_ms: float, values: list[float], what: str) -> Row:
+    """The goal is a time: it is what the ratio is of."""
+    median = statistics.median(values)
+    detail = f"{median:.3g} ms ({spread(values)}), {what}"
+    return Row(measure, f"{goal_ms:g} ms", f"≤ {goal_ms:g} ms", median / goal_ms, median <= goal_ms, detail)
 
 
 if __name__ == "__main__":
-    main()
+    show(measure())

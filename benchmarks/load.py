@@ -1,6 +1,6 @@
 """Eight clients, streamed and not, mixed, against a running server, and what /health costs meanwhile.
 
-    .venv/bin/mlx-launch start --demo && .venv/bin/python benchmarks/load.py [--seconds 60] [--port 8081]
+    .venv/bin/mlx-launch start --demo && python -m benchmarks.load [--seconds 60] [--port 8081]
 
 Prints answers, errors and the percentiles of /health's time in milliseconds.
 """

@@ -1,12 +1,11 @@
 """`kill -9` of a trivial server to the next answer, over a bare start of the same kind of child: ours, gunicorn, runit.
 
-    .venv/bin/python benchmarks/respawn.py [--kills 20]
+    python -m benchmarks.respawn [--json]
 
-One run on one machine. gunicorn (`pip install gunicorn`) and runit (`apt-get install runit`) are measured where they are found.
+gunicorn (the extra `bench`) and runit (a package of the system) are measured beside it where they are found.
 The child answers HTTP with the standard library; what is compared is the wait that the supervisor adds.
 """
 
-import argparse
 import contextlib
 import functools
 import http.client
@@ -14,6 +13,7 @@ import importlib.util
 import os
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -24,10 +24,14 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.row import Row, show, spread
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.supervised import FAKE_HOST, Launched, make_plan
 from support.waiting import free_port, until
 
+KILLS = 20
+GOAL_MS = 50
 Manner = Callable[[Path, int], contextlib.AbstractContextManager[None]]
 
 # Answers with its pid, as our fake host does.
@@ -67,7 +71,7 @@ def another_answers(port: int, pid: int) -> bool:
     return answered(port) not in (0, pid)
 
 
-def measure(port: int, kills: int) -> list[float]:
+def kill(port: int, kills: int) -> list[float]:
     """Milliseconds from each kill to the first answer of the successor."""
     waits = []
     for _ in range(kills):
@@ -144,38 +148,40 @@ def runit(directory: Path, port: int) -> Iterator[None]:
         process.wait()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=20)
-    kills = parser.parse_args().kills
-    directory = Path(tempfile.mkdtemp(prefix="mlx-launch-respawn-"))
-    (directory / "server.py").write_text(SERVER)
+def measure() -> list[Row]:
+    with tempfile.TemporaryDirectory(prefix="mlx-launch-respawn-") as name:
+        return [_row(Path(name))]
 
+
+def _row(directory: Path) -> Row:
+    (directory / "server.py").write_text(SERVER)
     port = free_port()
-    plain = statistics.median(
-        bare_start(
-            [sys.executable, "-S", str(directory / "server.py"), str(port)], port, kills, stderr=subprocess.DEVNULL
-        )
-    )
-    fake = statistics.median(_bare_fake_host(kills))
-    manners: list[tuple[str, Callable[[Path, int], contextlib.AbstractContextManager[None]], float]] = [
-        ("mlx-launch", ours, fake)
-    ]
-    if importlib.util.find_spec("gunicorn"):
-        manners.append(("gunicorn, kept socket", gunicorn, 0.0))  # it forks: its child has no start of its own
+    argv = [sys.executable, "-S", str(directory / "server.py"), str(port)]
+    plain = statistics.median(bare_start(argv, port, KILLS, stderr=subprocess.DEVNULL))
+    bare = statistics.median(_bare_fake_host(KILLS))
+    waits = _waits(ours, directory)
+    wait = statistics.median(waits)
+    beside = []
+    if importlib.util.find_spec("gunicorn"):  # it forks: its child has no start of its own
+        beside.append(f"gunicorn with a kept socket {statistics.median(_waits(gunicorn, directory)):.0f} ms")
     if shutil.which("runsv"):
-        manners.append(("runit", runit, plain))
-    print(f"{'':24}{'kill to answer':>16}{'bare start':>12}{'added':>8}   (ms, medians of {kills})")
-    for name, run, bare in manners:
-        port = free_port()
-        with run(directory, port):
-            wait = statistics.median(measure(port, kills))
-        print(f"{name:24}{wait:16.1f}{bare:12.1f}{wait - bare:8.1f}")
+        beside.append(f"runit {statistics.median(_waits(runit, directory)) - plain:.0f} ms")
+    added = wait - bare
+    detail = (
+        f"{wait:.0f} ms ({spread(waits)}) against {bare:.0f} ms, which adds {added:.0f} ms; medians of {KILLS}; "
+        f"beside it: {', '.join(beside) or 'neither gunicorn nor runit is here'}"
+    )
+    what = "kill -9 of a trivial server to the next answer"
+    return Row(what, "a bare start of the same", f"≤ {GOAL_MS} ms more", wait / bare, added <= GOAL_MS, detail)
+
+
+def _waits(manner: Manner, directory: Path) -> list[float]:
+    port = free_port()
+    with manner(directory, port):
+        return kill(port, KILLS)
 
 
 def _bare_fake_host(times: int) -> list[float]:
-    import socket
-
     starts = []
     for _ in range(times):
         listener = socket.create_server(("127.0.0.1", 0))
@@ -203,4 +209,4 @@ def _bare_fake_host(times: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    show(measure())

@@ -28,6 +28,13 @@ def server_options(command: F) -> F:
     return command
 
 
+def model_options(command: F) -> F:
+    """Those of them that say what is served, and not where."""
+    for option in reversed([*_WHAT, _FORCE]):
+        command = option(command)
+    return command
+
+
 def port_option(command: F) -> F:
     """`--port` of a command that names a server's port and nothing else of it."""
     return click.option("--port", type=_PORT, metavar="N", help=f"The port. [default: {defaults.PORT}]")(command)
@@ -40,10 +47,14 @@ def log_file_option(command: F) -> F:
 
 
 _PORT = click.IntRange(1, 65535)
-_SERVER = (
+_WHAT = (
     click.option("--mode", metavar="NAME", help="The backend of the configuration file to start. [default: its own]"),
     click.option("--model", metavar="DIR", help="The directory of an MLX model, or org/name on the hub."),
     click.option("--demo", is_flag=True, help="Serve a tiny model that is built on the spot, without a download."),
+)
+_FORCE = click.option("--force", is_flag=True, help="Start a model that does not fit into this machine's memory.")
+_SERVER = (
+    *_WHAT,
     click.option("--port", type=_PORT, metavar="N", help=f"The port to listen on. [default: {defaults.PORT}]"),
     click.option(
         "--host",
@@ -51,5 +62,5 @@ _SERVER = (
         help="The address to listen on. One that others can reach needs a key in MLX_API_KEY. "
         f"[default: {defaults.HOST}]",
     ),
-    click.option("--force", is_flag=True, help="Start a model that does not fit into this machine's memory."),
+    _FORCE,
 )

@@ -16,7 +16,7 @@ import pytest
 from mlx_launcher.backends import assemble
 from mlx_launcher.backends.legacy import legacy
 from mlx_launcher.backends.textgen import textgen
-from mlx_launcher.cli import main, start
+from mlx_launcher.cli import launch, main, start
 from mlx_launcher.cli.instances import ask, is_locked, not_running, remembered
 from mlx_launcher.demo import build_random
 
@@ -272,7 +272,12 @@ def test_a_long_state_directory(bench: Bench) -> None:
     assert bench("stop")[0] == 0
 
 
-def test_run_becomes_the_supervisor_and_hands_it_the_plan(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("option", "manner"), [([], ["--foreground"]), (["--service"], ["--service", "--idle"])], ids=["run", "service"]
+)
+def test_run_becomes_the_supervisor_and_hands_it_the_plan(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, option: list[str], manner: list[str]
+) -> None:
     class Replaced(BaseException):
         pass
 
@@ -282,18 +287,18 @@ def test_run_becomes_the_supervisor_and_hands_it_the_plan(bench: Bench, monkeypa
         with open(descriptor, "rb", closefd=False) as file:
             plan = json.load(file)
         assert (path, plan["port"], plan["log_file"]) == (sys.executable, bench.port, "/logs/mine")
-        assert argv[-3:] == ["--plan-fd", str(descriptor), "--foreground"]
+        assert argv[argv.index("--plan-fd") :] == ["--plan-fd", str(descriptor), *manner]
         assert not any(str(bench.port) in word for word in argv)
         assert "MLX_API_KEY" not in environment
         raise Replaced
 
     monkeypatch.setattr(os, "execve", execve)
     with pytest.raises(Replaced):
-        main(["--state-dir", str(bench.state_dir), "run", *bench.serve, "--log-file", "/logs/mine"])
+        main(["--state-dir", str(bench.state_dir), "run", *bench.serve, "--log-file", "/logs/mine", *option])
 
 
 def test_a_supervisor_that_says_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(start, "SUPERVISOR", [sys.executable, "-c", "pass"])
+    monkeypatch.setattr(launch, "SUPERVISOR", [sys.executable, "-c", "pass"])
     code, _, err = bench("start", *bench.serve)
     assert code == 1
     assert "mlx-launch run" in err

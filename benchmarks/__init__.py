@@ -1,0 +1,1 @@
+"""The project's own measurements: each prints ratios of one run on one machine (`make bench` writes RESULTS.md)."""

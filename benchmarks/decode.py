@@ -1,0 +1,54 @@
+"""Tokens a second while decoding: streamed over HTTP by the host, against mlx-lm generating directly. Greedy.
+
+python -m benchmarks.decode [--json]
+"""
+
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.direct import Direct
+from benchmarks.row import Row, at_least, interleaved, show, spread
+from benchmarks.streaming import stream
+from mlx_launcher.demo import build_random
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from support.hosts import Host
+from support.waiting import free_port
+
+ROUNDS = 9
+TOKENS = 512
+PROMPT = "Tell me of the sea, and of those who cross it."
+
+
+def measure() -> list[Row]:
+    with tempfile.TemporaryDirectory() as directory:
+        model = build_random(Path(directory) / "random")
+        cache = Path(directory) / "kvcache"
+        with Direct(model) as direct, Host(model, free_port(), cache, cache={"enabled": False}) as host:
+
+            def ours(_: int) -> float:
+                answer = stream(host.port, PROMPT, TOKENS)
+                assert answer.tokens == TOKENS
+                return answer.after_first / answer.rest_s
+
+            def theirs(_: int) -> float:
+                answer = direct.generate(PROMPT, TOKENS)
+                assert answer.tokens == TOKENS
+                return (TOKENS - 1) / answer.rest_s
+
+            assert stream(host.port, PROMPT, TOKENS).text == direct.generate(PROMPT, TOKENS).text
+            a, b = interleaved(ROUNDS, ours, theirs)
+    ratio = statistics.median(x / y for x, y in zip(a, b, strict=True))
+    detail = (
+        f"{statistics.median(a):,.0f} against {statistics.median(b):,.0f} tokens/s, medians of {ROUNDS} "
+        f"({spread(a)}, {spread(b)}), {TOKENS} tokens, llama of 11 MB (float32)"
+    )
+    return [
+        at_least("tokens a second while decoding, streamed, greedy", "mlx-lm generating directly", 0.97, ratio, detail)
+    ]
+
+
+if __name__ == "__main__":
+    show(measure())
