@@ -20,6 +20,8 @@ from benchmarks.row import Row
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- results: written by make bench -->", "<!-- end of results -->"
 # As they stand on the page; others follow.
 ORDER = ("follow_up", "restart", "disk", "decode", "prefill", "http", "first_token", "small")
 PACKAGES = ("mlx-launcher", "mlx", "mlx-lm", "mlx-textgen")
@@ -45,7 +47,8 @@ def main(names: Sequence[str]) -> int:
         print(text)
     else:
         RESULTS.write_text(text)
-        print(f"written: {RESULTS}", file=sys.stderr)
+        README.write_text(with_results(README.read_text(), rows))
+        print(f"written: {RESULTS} and the table in {README}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -82,8 +85,7 @@ def page(rows: Sequence[Row]) -> Iterator[str]:
     yield "| measure | against | goal | measured | reached | detail |"
     yield "|---|---|---|---|---|---|"
     for row in rows:
-        measured = "–" if row.ratio is None else f"{_ratio(row.ratio)}×"
-        yield _line(row.measure, row.against, row.goal, measured, _reached(row), row.detail)
+        yield _line(row.measure, row.against, row.goal, _measured(row), _reached(row), row.detail)
     missed = [row for row in rows if not row.reached]
     yield ""
     yield "## Not reached"
@@ -93,6 +95,24 @@ def page(rows: Sequence[Row]) -> Iterator[str]:
     for row in missed:
         why = row.why or "the reason is not known yet"
         yield f"- **{row.measure}** ({row.goal}, {_reached(row)}): {why}"
+
+
+def with_results(readme: str, rows: Sequence[Row]) -> str:
+    """The README with its table made anew: what was measured against what, the goal, and where the rest stands."""
+    head, _, rest = readme.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not end:
+        raise ValueError(f"{README} has no lines {BEGIN} and {END}")
+    table = ["| measure | against | measured | goal | reached |", "|---|---|---|---|---|"]
+    for row in rows:
+        table.append(_line(row.measure, row.against, _measured(row), row.goal, _reached(row)))
+    said = [f"- {line}" for line in machine()]
+    more = "Medians, spreads and the reasons of what was missed: [benchmarks/RESULTS.md](benchmarks/RESULTS.md)."
+    return f"{head}{BEGIN}\n{chr(10).join([*table, '', *said, '', more])}\n{END}{tail}"
+
+
+def _measured(row: Row) -> str:
+    return "–" if row.ratio is None else f"{_ratio(row.ratio)}×"
 
 
 def _reached(row: Row) -> str:

@@ -4,20 +4,36 @@ import json
 import threading
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from mlx_launcher.host import events
 from mlx_launcher.host.channels import Piece
+from mlx_launcher.host.corrections import GENERATION_STREAM
 from mlx_launcher.host.engine import Counters
 from mlx_launcher.host.guided import Matcher
 from mlx_launcher.host.reading import Reader
 from mlx_launcher.host.stops import StopScanner
 
+# mlx-lm's own interval: the buffers that decoding leaves are given back this often.
+CLEAR_EVERY = 256
+
+
+class _Sampled(NamedTuple):
+    """A token, on its way; `logits` are what it was sampled from, and `logprobs` None where nobody asked for them."""
+
+    logits: mx.array
+    token: mx.array
+    logprobs: mx.array | None
+
 
 class Sequence:
-    """Decodes one answer. `call_matcher` makes a matcher for a tool call, where the reader asks for one."""
+    """Decodes one answer. `call_matcher` makes a matcher for a tool call, where the reader asks for one.
+
+    The model is always one token ahead: while it runs on a token, that token is read and told. What is sampled ahead is
+    sampled again where the reader then asks for a grammar; the model has not been run on it yet, so nothing is lost.
+    """
 
     def __init__(
         self,
@@ -33,8 +49,10 @@ class Sequence:
     ) -> None:
         self._model = model
         self._state = state
-        self._token_ids = token_ids
-        self._start = self._run = token_ids.shape[1]
+        self._prompt = token_ids
+        self._seen = token_ids  # grows only for a sampler that looks back
+        self._written: list[int] = []
+        self._run = 0  # how many of the written tokens the state holds
         self._sampler = sampler
         self._reader = reader
         self._call_matcher = call_matcher
@@ -52,30 +70,54 @@ class Sequence:
     ) -> Iterator[events.Event]:
         """Yields text as it comes, a call when it is whole, and Ended, unless the client left."""
         self._constrain([])
-        reason, produced = "length", 0
-        while produced < max_tokens:
+        reason = "length"
+        step: _Sampled | None = self._sample(logits)
+        while step is not None:
             if cancelled.is_set():
                 return
-            sampled, logprobs = self._sampler.sample(logits, self._token_ids, self._start)
-            token = int(sampled.item())
-            self._token_ids = mx.concatenate([self._token_ids, sampled.astype(self._token_ids.dtype)], axis=1)
-            produced += 1
-            counters.completion_tokens += 1
+            ahead, following = self._ahead(step) if len(self._written) + 1 < max_tokens else (None, None)
+            token = int(step.token.item())  # type: ignore[arg-type]
+            self._written.append(token)
+            counters.decoded()
             if token in self._eos:
                 reason = "stop"
                 break
             text = self._read(token)
-            yield from self._told(index, text, self._logprobs(logprobs, sampled, text))
+            if ahead is not None and (following is None or self._matcher is not None):
+                following = self._sample(ahead)
+            yield from self._told(index, text, self._logprobs(step, text))
             if self._stopped or self._guided or self._reader.finished:
                 reason = "stop"
                 break
-            logits = self._model._inference(sampled, cache=self._state, mask=None)
-            self._run += 1
-        yield from self._end(index, reason, produced)
+            step = following
+        yield from self._end(index, reason, len(self._written))
 
     def held_tokens(self) -> list[int]:
-        """The tokens that the state holds: all but those that were sampled and not run."""
-        return list(self._token_ids[0, : self._run].tolist())  # type: ignore[arg-type]
+        """The tokens that the state holds: all but one that was sampled and not run."""
+        return [*self._prompt[0].tolist(), *self._written[: self._run]]  # type: ignore[misc]
+
+    def _ahead(self, step: _Sampled) -> tuple[mx.array, _Sampled | None]:
+        """Has the model begin on a token, and samples the next one, unless a grammar has to read this one first."""
+        if self._sampler.looks_back:
+            self._seen = mx.concatenate([self._seen, step.token.astype(self._seen.dtype)], axis=1)
+        logits = self._model._inference(step.token, cache=self._state, mask=None)
+        self._run += 1
+        if self._run % CLEAR_EVERY == 0:
+            mx.clear_cache()
+        if self._matcher is None:
+            return logits, self._sample(logits)
+        mx.async_eval(logits)  # type: ignore[no-untyped-call]
+        return logits, None
+
+    def _sample(self, logits: mx.array) -> _Sampled:
+        # On the model's stream: between two streams each token would wait for the other one to notice.
+        with mx.stream(GENERATION_STREAM):
+            token, logprobs = self._sampler.sample(logits, self._seen, self._prompt.shape[1])
+        if self._top_logprobs is None:
+            mx.async_eval(token)  # type: ignore[no-untyped-call]
+            return _Sampled(logits, token, None)
+        mx.async_eval(token, logprobs)  # type: ignore[no-untyped-call]
+        return _Sampled(logits, token, logprobs)
 
     def _read(self, token: int) -> list[Piece]:
         matcher = self._matcher
@@ -130,12 +172,12 @@ class Sequence:
                     yield events.Text(index, shown, logprobs)
                 logprobs = None
 
-    def _logprobs(self, logprobs: mx.array, sampled: mx.array, pieces: list[Piece]) -> dict[str, Any] | None:
+    def _logprobs(self, step: _Sampled, pieces: list[Piece]) -> dict[str, Any] | None:
         top = self._top_logprobs
         if top is None:
             return None
         text = "".join(value for kind, value in pieces if kind == "content")
-        rows = self._model._get_logprobs(logprobs, sampled, [text], max(top, 1), self._sampler.row_range)
+        rows = self._model._get_logprobs(step.logprobs, step.token, [text], max(top, 1), self._sampler.row_range)
         return {**rows[0], "top_logprobs": rows[0]["top_logprobs"][:top]}
 
     def _end(self, index: int, reason: str, produced: int) -> Iterator[events.Event]:

@@ -17,6 +17,7 @@ from mlx_launcher.host.errors import ModelFault, QueueFullError, RequestError
 from mlx_launcher.host.events import Event
 from mlx_launcher.host.requests import Generation
 from mlx_launcher.host.settings import Settings
+from mlx_launcher.host.timings import Stopwatch, Timings
 
 log = logging.getLogger("mlx_launcher.host")
 
@@ -36,6 +37,22 @@ class Counters:
     completion_tokens: int = 0
     processed_tokens: int = 0  # prompt tokens run through the model: moves during a prefill
     last_activity: float = field(default_factory=time.monotonic)
+    timings: Timings = field(default_factory=Timings)
+    stopwatch: Stopwatch = field(init=False)  # of the request that runs; there is one at a time
+
+    def __post_init__(self) -> None:
+        self.stopwatch = Stopwatch(self.timings)
+
+    def prompted(self, prompt_tokens: int, cached_tokens: int) -> None:
+        """A prompt was read, and `cached_tokens` of it come from the KV cache."""
+        self.prompt_tokens += prompt_tokens
+        self.cached_tokens += cached_tokens
+        self.stopwatch.prompted(prompt_tokens, cached_tokens)
+
+    def decoded(self) -> None:
+        """A token of an answer is there."""
+        self.completion_tokens += 1
+        self.stopwatch.token()
 
 
 @dataclass
@@ -45,6 +62,7 @@ class Job:
     request: Generation
     emit: Callable[[Event | RequestError | None], object]
     cancelled: threading.Event = field(default_factory=threading.Event)
+    asked_at: float = field(default_factory=time.monotonic)
 
 
 class Runtime(Protocol):
@@ -206,6 +224,7 @@ class Engine:
         try:
             if not job.cancelled.is_set():
                 self.counters.requests += 1
+                self.counters.stopwatch = Stopwatch(self.counters.timings, job.asked_at)
                 for event in runtime.generate(job.request, job.cancelled, self.counters):
                     job.emit(event)
         except RequestError as error:
@@ -217,6 +236,7 @@ class Engine:
                 RequestError(500, f"the engine failed on this request ({type(error).__name__})", code="engine_error")
             )
         finally:
+            self.counters.stopwatch.over()
             with self._lock:
                 self._live.pop(id(job), None)
                 self._count(in_flight=0)

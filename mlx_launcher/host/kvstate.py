@@ -27,8 +27,10 @@ from mlx_launcher.kvcache.tree import WIDTH, common_prefix, pack
 
 log = logging.getLogger("mlx_launcher.host")
 
-# A state may be taken over by a prompt that leaves off so little of its end; else a copy is gone on from, and both stay.
+# A state may be taken over by a prompt that leaves off so little of its end, in tokens and as a share; else a copy is gone on
+# from, and both stay.
 SHORT_TAIL = 256
+SHORT_TAIL_SHARE = 4
 # Fewer new tokens are written only when the server ends: running them again takes less than a file.
 MIN_NEW = 32
 # One write at most, so that a request which comes meanwhile waits for no more: about 50 ms on an SSD of 1.3 GB/s.
@@ -134,13 +136,14 @@ class KVStates:
     # -- in memory
 
     def _hottest(self, wanted: bytes) -> tuple[_Hot | None, int]:
-        best: tuple[_Hot | None, int] = None, 0
+        # As on disk: what saves a handful of tokens is not worth a copy.
+        best: tuple[_Hot | None, int] = None, max(self._min_tokens, 1) - 1
         room = len(wanted) // WIDTH - 1
         for hot in self._hot:
             shared = min(common_prefix(hot.tokens, wanted), room)
             if (is_plain(hot.state) or shared == hot.length) and shared > best[1]:
                 best = hot, shared
-        return best
+        return best if best[0] is not None else (None, 0)
 
     def _take(self, hot: _Hot, shared: int) -> State:
         self._hot.remove(hot)
@@ -148,8 +151,9 @@ class KVStates:
             self._hot.append(hot)
             # Arrays are shared until one of them is written to.
             return copy.deepcopy(hot.state)
-        if hot.length - shared <= SHORT_TAIL:
-            trim_prompt_cache(hot.state, hot.length - shared)
+        tail = hot.length - shared
+        if tail <= min(SHORT_TAIL, hot.length // SHORT_TAIL_SHARE):
+            trim_prompt_cache(hot.state, tail)
             return hot.state
         self._hot.append(hot)
         return [_prefix(layer, shared) for layer in hot.state]

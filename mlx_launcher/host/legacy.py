@@ -23,7 +23,7 @@ from mlx_launcher.host.channel import Channel, Message
 from mlx_launcher.host.engine import Counters, where
 from mlx_launcher.host.errors import ModelFault
 from mlx_launcher.host.logs import log_without_blocking
-from mlx_launcher.host.reports import Reports
+from mlx_launcher.host.reports import Reports, versions
 from mlx_launcher.host.settings import Settings
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ class _Host:
     def main(self) -> int:
         began = time.monotonic()
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._inbox.put("stop"))
+            # A rank without listeners is ended by its leader, after the rank that answers.
+            signal.signal(number, (lambda *_: self._inbox.put("stop")) if self._listeners else signal.SIG_IGN)
         self._channel.listen(self._on_message, on_gone=self._orphaned)
         threading.Thread(target=self._start, name="start", daemon=True).start()
         while True:
@@ -99,9 +100,16 @@ class _Host:
                 from mlx_launcher.host.legacy_service import Service
             except ImportError as error:
                 raise ModelFault(f"mlx-lm cannot be imported: {error}", "Install mlx-launcher again.") from error
-            service = Service(self._activated.get(), self._listeners, self._reports.phase)
-            self._reports.phase("proving", None, None)
-            service.prove()
+            self._channel.send({"type": "imported", "versions": versions()})
+            settings = self._activated.get()
+            if "cluster" in settings:
+                from mlx_launcher.host.cluster_load import join
+
+                join(settings["model_path"], settings["cluster"], self._channel.send)
+            service = Service(settings, self._listeners, self._reports.phase)
+            if self._listeners:
+                self._reports.phase("proving", None, None)
+                service.prove()
             self._inbox.put(service)
         except ModelFault as fault:
             self._inbox.put(fault)
@@ -155,4 +163,5 @@ class _Host:
 
     def _beat(self) -> None:
         self._beat_told = time.monotonic()
-        self._reports.beat(self._counters, None, [])
+        step_s = round(self._service.generator.still_s, 1) if self._service else None
+        self._reports.beat(self._counters, None, [], step_s=step_s)

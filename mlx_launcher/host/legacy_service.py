@@ -23,6 +23,7 @@ from mlx_lm import server as upstream
 from mlx_lm.models.cache import LRUPromptCache
 
 from mlx_launcher.host import legacy_harmony
+from mlx_launcher.host.cluster_load import load_part
 from mlx_launcher.host.engine import Counters, where
 from mlx_launcher.host.errors import ModelFault, QueueFullError
 from mlx_launcher.host.legacy_http import Handler
@@ -42,7 +43,10 @@ TellPhase = Callable[[str, int | None, int | None], None]
 
 
 class Service:
-    """One model behind HTTP. Made, it is loaded but accepts nothing; ModelFault where trying again cannot help."""
+    """One model behind HTTP. Made, it is loaded but accepts nothing; ModelFault where trying again cannot help.
+
+    In a cluster that was joined it is this rank's part of the model; only rank 0 has listeners, the others do what it does.
+    """
 
     def __init__(self, settings: Settings, listeners: list[socket.socket], tell: TellPhase) -> None:
         self.settings = settings
@@ -58,9 +62,9 @@ class Service:
             raise ModelFault(error.reason, error.hint) from None
         tell("loading", 0, total)
         arguments = _arguments(settings)
-        self.provider = _Provider(arguments, lambda done: tell("loading", done, total), total)
-        cache = LRUPromptCache(arguments.prompt_cache_size, arguments.prompt_cache_bytes)
-        self.generator = upstream.ResponseGenerator(self.provider, cache)
+        self.provider = _Provider(arguments, functools.partial(tell, "loading"), total)
+        cache = LRUPromptCache(arguments.prompt_cache_size, arguments.prompt_cache_bytes or sys.maxsize)
+        self.generator = _Generator(self.provider, cache)
         if (fault := self.provider.loaded.get()) is not None:
             raise fault
         self.harmony = legacy_harmony.is_spoken_by(self.provider.tokenizer)
@@ -141,7 +145,7 @@ class Service:
 class _Provider(upstream.ModelProvider):  # type: ignore[misc]
     """The one model, whatever a request names: mlx-lm's own drops it for another, and looks for that on the hub."""
 
-    def __init__(self, arguments: Any, progress: Callable[[int], None], total: int) -> None:
+    def __init__(self, arguments: Any, progress: Callable[[int, int], None], total: int) -> None:
         super().__init__(arguments)
         self.loaded: queue.SimpleQueue[ModelFault | None] = queue.SimpleQueue()
         self._progress = progress
@@ -151,9 +155,11 @@ class _Provider(upstream.ModelProvider):  # type: ignore[misc]
         """Called on the generation thread, where MLX has to read the weights."""
         path = self.cli_args.model
         upstream.load = functools.partial(_LOAD, lazy=True)
+        upstream.sharded_load = functools.partial(load_part, self._progress)
         try:
             self._load(path)
-            read_weights(self.model, self._total, lambda done, _: self._progress(done))
+            if not self.is_distributed:
+                read_weights(self.model, self._total, self._progress)
         except Exception as error:
             log.error("loading failed: %s", where(error))
             self.loaded.put(ModelFault(f"{path} cannot be loaded: {error}"))
@@ -167,18 +173,73 @@ class _Provider(upstream.ModelProvider):  # type: ignore[misc]
 _LOAD = upstream.load
 
 
+class _Batches(upstream.BatchGenerator):  # type: ignore[misc]
+    """Several answers at once, `step` called before each round of tokens or prefill."""
+
+    def __init__(self, step: Callable[[], object], *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._step = step
+
+    def next(self) -> Any:
+        self._step()
+        return super().next()
+
+
+class _Generator(upstream.ResponseGenerator):  # type: ignore[misc]
+    """mlx-lm's generation, whose thread tells that it gets on: also while it waits for work, in step with the other ranks."""
+
+    def __init__(self, provider: _Provider, cache: LRUPromptCache) -> None:
+        self._stepped: float | None = time.monotonic()
+        upstream.BatchGenerator = functools.partial(_Batches, self._step)
+        super().__init__(provider, cache)
+
+    @property
+    def still_s(self) -> float:
+        """Seconds since the last step; 0 where there is none to see, in an answer that mlx-lm gives by itself."""
+        return 0.0 if self._stepped is None else time.monotonic() - self._stepped
+
+    def _run_generate(self) -> None:
+        try:
+            self._generate()
+        except Exception as error:
+            log.error("the thread that generates failed: %s", where(error))
+            self._generation_failed = True
+
+    def _step(self) -> None:
+        self._stepped = time.monotonic()
+
+    def _share_object(self, shared: Any) -> Any:
+        shared = super()._share_object(shared)
+        self._step()
+        return shared
+
+    def _serve_single(self, *request: Any) -> None:
+        self._stepped = None
+        super()._serve_single(*request)
+        self._step()
+
+    def generate(self, request: Any, arguments: Any, progress_callback: Any = None) -> Any:
+        context, answers = super().generate(request, arguments, progress_callback)
+        if self._is_distributed and not self._is_batchable(arguments):
+            # Rank 0 alone would leave such an answer, and wait for ranks that go on with it: it is brought to its end.
+            context.stop = lambda: None
+        return context, answers
+
+
 def _arguments(settings: Settings) -> Any:
     """What mlx-lm's own `main` makes of its flags, with its defaults for all that is not said here."""
     taken: list[Any] = []
     cache = settings["cache"]
     in_memory = cache["memory_bytes"] or psutil.virtual_memory().total // CACHE_SHARE
+    pipeline = settings.get("cluster", {}).get("strategy") == "pipeline"
     words = [
         f"--model={settings['model_path']}",
         "--allowed-origins=",  # by default it lets every page in a browser ask
         f"--max-tokens={DEFAULT_MAX_TOKENS}",
         f"--prefill-step-size={settings['prefill_batch']}",
         f"--prompt-cache-size={cache['slots'] if cache['enabled'] else 0}",
-        f"--prompt-cache-bytes={in_memory}",
+        # Ranks with unlike numbers of layers would drop unlike entries, and then wait for each other for ever.
+        "--pipeline" if pipeline else f"--prompt-cache-bytes={in_memory}",
     ]
     kept = sys.argv, upstream.ModelProvider, upstream.run
     sys.argv = ["mlx_lm.server", *words]

@@ -14,6 +14,10 @@ from mlx_launcher.host.kvstate import snapshot
 # that a large model on a slow machine is never mistaken for one that hangs (`hangTimeout`, 120 s by default).
 SLOW_BATCH_S = 5.0
 MIN_BATCH = 32
+# mlx-lm's own step, grown to where the machine is fast enough that a client's leaving is still acted on within about a second.
+MAX_BATCH = 2048
+QUICK_BATCH_S = 0.4
+LONG_BATCH_S = 1.0
 
 
 class Prefilled(NamedTuple):
@@ -29,7 +33,7 @@ class Prefill:
 
     def __init__(self, model: Any, batch: int) -> None:
         self._model = model
-        self._batch = batch
+        self._wanted = self._batch = batch
 
     def run(
         self, token_ids: mx.array, state: State, held: int, cancelled: threading.Event, counters: Counters
@@ -48,10 +52,21 @@ class Prefill:
             began = time.monotonic()
             end = min(held + self._batch, last) if held < last else last + 1
             logits = self._model._inference(token_ids[:, held:end], cache=state, mask=None)
-            mx.eval([layer.state for layer in state])
-            mx.clear_cache()
+            if held < last:
+                mx.eval([layer.state for layer in state])
+                mx.clear_cache()
+                self._adapt(end - held, time.monotonic() - began)
+            else:
+                mx.async_eval(logits)  # type: ignore[no-untyped-call]
             counters.processed_tokens += end - held
             held = end
-            if time.monotonic() - began > SLOW_BATCH_S:
-                self._batch = max(MIN_BATCH, self._batch // 2)
         return Prefilled(logits, held, copy)
+
+    def _adapt(self, tokens: int, took_s: float) -> None:
+        """Sets the next batch by how long the last one took."""
+        if took_s > SLOW_BATCH_S:
+            self._batch = max(MIN_BATCH, self._batch // 2)
+        elif took_s > LONG_BATCH_S:
+            self._batch = min(self._batch, max(self._wanted, self._batch // 2))
+        elif took_s < QUICK_BATCH_S and tokens == self._batch < MAX_BATCH:
+            self._batch *= 2

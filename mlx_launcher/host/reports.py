@@ -1,6 +1,8 @@
 """What a host tells its supervisor while it starts and while it serves."""
 
+import platform
 import time
+from importlib import metadata
 from typing import Any
 
 import psutil
@@ -10,6 +12,21 @@ from mlx_launcher.host.engine import Counters
 
 # Progress of a load is told at most this often.
 PROGRESS_S = 0.1
+
+
+# Ranks of a cluster that differ in one of these may compute unlike things, and wait for each other for ever.
+_PACKAGES = ("mlx", "mlx-lm", "transformers", "mlx-launcher")
+
+
+def versions() -> dict[str, str | None]:
+    """What this process runs on, by name."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 class Reports:
@@ -29,7 +46,7 @@ class Reports:
         self._phase, self._told = phase, now
         self._channel.send({"type": "phase", "phase": phase, "done": done, "total": total})
 
-    def beat(self, counters: Counters, kv_cache: dict[str, Any] | None, notes: list[str]) -> None:
+    def beat(self, counters: Counters, kv_cache: dict[str, Any] | None, notes: list[str], **more: Any) -> None:
         """That the host lives, and what it has done so far."""
         self._channel.send(
             {
@@ -45,5 +62,7 @@ class Reports:
                 "rss_bytes": self._process.memory_info().rss,
                 "kv_cache": kv_cache,
                 "notes": notes,
+                **counters.timings.told(),
+                **more,
             }
         )

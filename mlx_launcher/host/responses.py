@@ -10,6 +10,9 @@ from mlx_launcher.host.events import Call, Ended, Event, Started, Text
 
 Body = dict[str, Any]
 
+# Stands for a text that is not known yet; no model's name is this.
+_TEXT = "\0"
+
 _ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -62,6 +65,7 @@ class Answer:
         }
         self._choices: dict[int, Body] = {}
         self._calls: dict[int, int] = {}
+        self._frames: dict[tuple[int, bool], tuple[bytes, bytes]] = {}
         self.usage = Usage(answers_per_prompt)
 
     def add(self, event: Event) -> None:
@@ -84,6 +88,21 @@ class Answer:
         choices = [self._whole_choice(index, self._choices[index]) for index in sorted(self._choices)]
         kind = "chat.completion" if self._chat else "text_completion"
         return {**self._base, "object": kind, "choices": choices, "usage": self.usage.body()}
+
+    def streamed(self, event: Event) -> bytes:
+        """The stream's events for one of ours, as they are sent."""
+        if not isinstance(event, Text) or event.logprobs is not None or (event.reasoning and not self._chat):
+            return b"".join(map(sse, self.chunks(event)))
+        key = (event.index, event.reasoning)
+        if (frame := self._frames.get(key)) is None:
+            frame = self._frames[key] = self._frame(event.index, event.reasoning)
+        return frame[0] + json.dumps(event.text).encode() + frame[1]
+
+    def _frame(self, index: int, reasoning: bool) -> tuple[bytes, bytes]:
+        """What stands before and behind the text of a chunk: the same for every token."""
+        (chunk,) = self.chunks(Text(index, _TEXT, None, reasoning))
+        before, behind = sse(chunk).split(json.dumps(_TEXT).encode())
+        return before, behind
 
     def chunks(self, event: Event) -> list[Body]:
         """The stream's events for one of ours."""

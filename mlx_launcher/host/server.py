@@ -153,7 +153,8 @@ class _Host:
         if not serving.done():
             self._engine.cancel_all()
             await asyncio.wait([serving], timeout=STOP_GRACE_S)
-        while self._engine.busy:
+        self._engine.flush()
+        while not self._engine.flushed:
             await asyncio.sleep(0.01)
 
     def _on_message(self, message: Message) -> None:
@@ -184,7 +185,7 @@ class _Host:
 
     async def _beat(self) -> None:
         while True:
-            self._reports.beat(self._engine.counters, self._engine.kv_cache())
+            self._reports.beat(self._engine.counters, self._engine.kv_cache(), self._engine.notes())
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), BEAT_S)

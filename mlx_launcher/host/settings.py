@@ -1,6 +1,6 @@
 """What `activate` carries: everything a host has to know, resolved by the command."""
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 class CacheSettings(TypedDict):
@@ -18,6 +18,17 @@ class CacheSettings(TypedDict):
     max_bytes: int | None
 
 
+class Membership(TypedDict):
+    """A rank's `settings["cluster"]`. `files` are written for MLX, by the name of the environment variable that names each."""
+
+    rank: int
+    size: int
+    strategy: str  # "tensor" or "pipeline"
+    link: str  # MLX's name of the backend: "ring" or "jaccl"
+    environment: dict[str, str]
+    files: dict[str, str]
+
+
 class Settings(TypedDict):
     """`names` are what the model answers to; `model_id` is the one it calls itself. Sizes are bytes."""
 
@@ -32,3 +43,4 @@ class Settings(TypedDict):
     prefill_batch: int
     warmup: list[str]  # files with a request's body each, to be run through the model before somebody asks
     cache: CacheSettings
+    cluster: NotRequired[Membership]  # of a rank

@@ -174,8 +174,7 @@ class Textgen:
         tokens: list[int] = token_ids[0].tolist()
         max_tokens = self._fit(len(tokens), request.max_tokens)
         state, cached = self._states.restore(tokens)
-        counters.prompt_tokens += len(tokens)
-        counters.cached_tokens += cached
+        counters.prompted(len(tokens), cached)
         yield events.Started(index, len(tokens), cached)
         with wired_limit(self._model.model, [GENERATION_STREAM]):
             run = self._prefill.run(token_ids, state, cached, cancelled, counters)

@@ -44,6 +44,11 @@ def test_a_prefix_seen_before_is_read_from_the_disk_and_counted_exactly(random_m
         assert (after_restart.cached, after_restart.text) == (tokens - 1, first.text)
 
 
+def kept(host: Host) -> int:
+    """Conversations on disk, as the host reports them."""
+    return int((host.counters.get("kv_cache") or {"entries": 0})["entries"])
+
+
 def conversation(port: int, seed: int) -> list[str]:
     """The answers of two turns; the second goes on from what the first left in the cache."""
     messages = [{"role": "user", "content": prose(seed, 150)}]
@@ -126,6 +131,19 @@ def test_two_servers_of_one_model_are_both_right_and_both_keep(random_model: Pat
     assert len(list(directory.iterdir())) == 2
 
 
+def test_two_conversations_that_begin_alike_do_not_cost_each_other(random_model: Path, directory: Path) -> None:
+    """As an agent and its helper: the second is asked at once, before the first is on the disk."""
+    system = {"role": "system", "content": prose(1, 400)}
+    first = [system, {"role": "user", "content": prose(2, 400)}]
+    second = [system, {"role": "user", "content": prose(3, 400)}]
+    with Host(random_model, free_port(), directory) as host:
+        one = chat(host.port, first, max_tokens=4)
+        other = chat(host.port, second, max_tokens=4)
+        again = chat(host.port, first, max_tokens=4)
+    assert (one.cached, other.cached > 400) == (0, True)
+    assert (again.text, again.cached) == (one.text, one.json["usage"]["prompt_tokens"] - 1)
+
+
 def test_the_answer_is_out_before_a_byte_is_written(random_model: Path, directory: Path) -> None:
     def more_than(count: int) -> bool:
         return len(entries(directory)) > count
@@ -141,6 +159,7 @@ def test_the_answer_is_out_before_a_byte_is_written(random_model: Path, director
             until(functools.partial(more_than, before))
             assert max(path.stat().st_mtime for path in entries(directory)) >= answered
 
+
 def test_a_conversation_of_many_turns_costs_its_new_tokens(random_model: Path, directory: Path) -> None:
     messages = [{"role": "user", "content": prose(1, 300)}]
     written, descriptors = [], []
@@ -153,7 +172,7 @@ def test_a_conversation_of_many_turns_costs_its_new_tokens(random_model: Path, d
             written.append(sum(path.stat().st_size for path in entries(directory)))
             descriptors.append(process.num_fds())
             messages += [{"role": "assistant", "content": reply.text}, {"role": "user", "content": prose(turn, 10)}]
-        until(lambda: host.counters["kv_cache"]["entries"] == 1)
+        until(lambda: kept(host) == 1)
         assert process.num_fds() <= max(descriptors[:20])
         assert host.counters["kv_cache"]["problem"] is None
     per_token = sum(path.stat().st_size for path in entries(directory)) / tokens
@@ -186,7 +205,7 @@ def test_the_first_request_of_the_day_is_a_follow_up(random_model: Path, directo
         expected = chat(host.port, question, max_tokens=6).text
     files = [str(tmp_path / "missing.json"), str(captured(tmp_path, system))]
     with Host(random_model, free_port(), directory, settings={"warmup": files}) as host:
-        until(lambda: host.counters["kv_cache"]["entries"] == 1)
+        until(lambda: kept(host) == 1)
         until(lambda: not any("are done" in note for note in host.counters["notes"]))
         assert host.counters["notes"] == [f"warmup: {files[0]}: No such file or directory"]
         assert host.counters["requests"] == 0

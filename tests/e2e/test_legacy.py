@@ -54,7 +54,9 @@ def open_stream(port: int, **fields: Any) -> socket.socket:
     body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": 100000, **fields}
     raw = json.dumps(body).encode()
     sock = socket.create_connection(("127.0.0.1", port), timeout=30)
-    sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw)
+    sock.sendall(
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw
+    )
     received = b""
     while b'"content"' not in received:
         received += sock.recv(65536)

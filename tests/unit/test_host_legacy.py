@@ -32,7 +32,7 @@ class Scripted:
         self.finish: str | None = "stop"
         self.piece = 3
         self._real = service.generator.generate
-        service.generator.generate = self._generate
+        service.generator.generate = self._generate  # type: ignore[method-assign, assignment]
 
     def _generate(self, request: Any, arguments: Any, progress_callback: Any) -> Any:
         context, _ = self._real(request, arguments, progress_callback)
@@ -105,7 +105,7 @@ def scripted(service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scri
     monkeypatch.setattr(service, "harmony", False)
     scripted = Scripted(service)
     yield scripted
-    service.generator.generate = scripted._real
+    service.generator.generate = scripted._real  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("piece", [1, 7, 1000])

@@ -93,7 +93,11 @@ WRITTEN: list[tuple[str, str, str, str, list[Any]]] = [
 
 
 class Script:
-    """Stands for model, tokenizer, detokenizer and sampler: its tokens are pieces of a text that is given."""
+    """Stands for model, tokenizer, detokenizer and sampler: its tokens are pieces of a text that is given. Its logits are the
+    token that follows the one it was run on.
+    """
+
+    looks_back = False
 
     def __init__(self, pieces: list[str]) -> None:
         self.pieces = [*pieces, ""]
@@ -101,7 +105,6 @@ class Script:
         self.tokenizer = self
         self.structured_processor: Any = None
         self.last_segments = [""]
-        self._next = 0
 
     def detokenizer_class(self, tokenizer: Any) -> "Script":
         return self
@@ -116,12 +119,11 @@ class Script:
         self.pieces.append(text)
         return [len(self.pieces) - 1]
 
-    def sample(self, logits: Any, token_ids: Any, start: int) -> tuple[mx.array, None]:
-        token = self._next
-        self._next = min(self._next + 1, self.end)
-        return mx.array([[token]]), None
+    def sample(self, logits: mx.array, token_ids: Any, start: int) -> tuple[mx.array, None]:
+        return logits, None
 
-    def _inference(self, *_: Any, **__: Any) -> None: ...
+    def _inference(self, tokens: mx.array, **_: Any) -> mx.array:
+        return mx.minimum(tokens + 1, self.end)
 
 
 class JsonMatcher:
@@ -167,7 +169,7 @@ def read(name: str, pieces: list[str], **options: Any) -> tuple[str, str, list[A
         {script.end},
         None,
     )
-    told = list(sequence.run(0, mx.zeros(1), 10_000, threading.Event(), Counters()))
+    told = list(sequence.run(0, mx.zeros((1, 1), dtype=mx.int32), 10_000, threading.Event(), Counters()))
     texts = [event for event in told if isinstance(event, Text)]
     content = "".join(event.text for event in texts if not event.reasoning)
     reasoning = "".join(event.text for event in texts if event.reasoning)
