@@ -18,7 +18,7 @@ from mlx_launcher.bench.client import Address, Answer, Message
 from mlx_launcher.bench.client import ask as ask_server
 from mlx_launcher.bench.figures import Stored
 from mlx_launcher.cli.instances import ask, is_locked, last_status
-from mlx_launcher.cli.launch import spawn
+from mlx_launcher.cli.launch import spawn, supervisor_environment
 from mlx_launcher.cli.screen import phase_text
 from mlx_launcher.config.paths import create_state_dir
 from mlx_launcher.errors import LaunchError
@@ -69,8 +69,8 @@ def free_port() -> int:
 def isolated(plan: Plan, cache: Path) -> Plan:
     """The plan for a measurement: another cache folder and nothing that would blur it.
 
-    No fallback, which would be measured in its place; no second try after a crash; no end for want of work; no standby, so that
-    a restart is one; no warm-up.
+    Only on loopback and without a key. No fallback, which would be measured in its place; no second try after a crash; no end
+    for want of work; no standby, so that a restart is one; no warm-up.
     """
     made = copy.deepcopy(plan)
     made["fallback"] = None
@@ -79,6 +79,8 @@ def isolated(plan: Plan, cache: Path) -> Plan:
     settings = made["backend"]["settings"]
     if made["backend"]["kind"] == "host":
         settings["cache"]["dir"], settings["warmup"] = os.fspath(cache), []
+        # For nobody else: on loopback, without the key, which would else lie in a file for a restart.
+        made["hosts"], settings["api_key"], settings["require_key"] = ["127.0.0.1"], None, False
     return made
 
 
@@ -185,7 +187,7 @@ def _repeatable(plan: Plan) -> Plan:
     instance = Path(plan["instance"])
     instance.mkdir(mode=0o700, parents=True)
     file = instance / "plan.json"
-    again: Plan = {**plan, "source": {"argv": ["cat", os.fspath(file)], "cwd": "/", "env": dict(os.environ)}}
+    again: Plan = {**plan, "source": {"argv": ["cat", os.fspath(file)], "cwd": "/", "env": supervisor_environment()}}
     envelope = {"ok": True, "data": again, "errors": []}
     with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
         json.dump(envelope, out)

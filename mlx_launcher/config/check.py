@@ -176,6 +176,11 @@ def _flat(model: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         value = getattr(model, name)
         if hasattr(type(value), "model_fields"):
             yield from _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            yield (
+                f"{prefix}{name}",
+                [item.model_dump() if hasattr(type(item), "model_fields") else item for item in value],
+            )
         elif value is not None and value != "":
             yield f"{prefix}{name}", value
 
@@ -196,12 +201,12 @@ def _contradictions(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterato
             urls.address(values["host"])
         except ValueError as reason:
             yield error((*path, "host"), str(reason), "127.0.0.1 or 0.0.0.0, for example")
-    if values.get("requireKey") and not values.get("apiKey"):
+    if values.get("apiKey") and values.get("apiKeyFile"):
+        yield error((*path, "apiKeyFile"), "apiKey is set too", "Leave one of them out")
+    if values.get("requireKey") and not (values.get("apiKey") or values.get("apiKeyFile")):
         yield warning((*path, "requireKey"), "no apiKey is set beside it", "Set one here or in MLX_API_KEY")
     for name in values.get("env", {}):
         if not name or "=" in name:
             yield error((*path, "env", name), "this is no name of an environment variable")
     if values.get("command") == []:
         yield error((*path, "command"), "it is empty", "Name a program, or remove it")
-    if values.get("distributed.enabled"):
-        yield warning((*path, "distributed", "enabled"), "this machine serves alone: several are not used yet")

@@ -5,6 +5,8 @@ HOST = "127.0.0.1"
 # A stranger on ::1 would be reached through `localhost`, so the default is both.
 LOOPBACK = ("127.0.0.1", "::1")
 
+CLUSTER_PORT = 32323  # mlx.launch's own
+
 STOP_TIMEOUT_S = 30.0
 HANG_TIMEOUT_S = 120.0
 FREEZE_TIMEOUT_S = 30.0

@@ -27,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "port": defaults.PORT,
     "host": defaults.HOST,
     "apiKey": None,
+    "apiKeyFile": None,
     "requireKey": False,
     "acceptAnyModel": True,
     "maxQueue": defaults.MAX_QUEUE,
@@ -53,6 +54,15 @@ DEFAULTS: dict[str, Any] = {
     "standby": False,
     "memoryLimit": None,
     "metricsPort": None,
+    "distributed.enabled": False,
+    "distributed.peers": [],
+    "distributed.strategy": "auto",
+    "distributed.connection": "auto",
+    "distributed.hostFile": None,
+    "distributed.port": defaults.CLUSTER_PORT,
+    "distributed.python": None,
+    "distributed.sshOptions": [],
+    "discovery.nodes": [],
 }
 DURATIONS = {
     *("stopTimeout", "hangTimeout", "freezeTimeout", "idleTimeout"),
@@ -157,7 +167,8 @@ def settle_fallback(settings: Settings) -> Settings:
             if origin != "default":
                 raise
             settings.notes.append(f"the fallback's block is not used: {failure.message}")
-    for key in ("model", "modelPath", "port", "host", "apiKey", "requireKey", "acceptAnyModel", "pythonVenv"):
+    seen = ("model", "modelPath", "port", "host", "apiKey", "apiKeyFile", "requireKey", "acceptAnyModel")
+    for key in (*seen, "pythonVenv"):
         values[key] = settings.values[key]
     return fallback
 

@@ -12,13 +12,13 @@ MLX = ("mlx", "mlx-textgen", "vllm-mlx")
 LEGACY = ("mlx-legacy", "vllm-mlx-legacy")
 LOCAL = ("local", "lmstudio")
 FAMILIES = (MLX, LEGACY, LOCAL)
-NOT_SERVED = ("openrouter", "claude", "mlx-cluster")
-KNOWN = (*MLX, "mlx-lm", *LEGACY, *LOCAL, *NOT_SERVED)
+CLUSTER = "mlx-cluster"
+NOT_SERVED = ("openrouter", "claude")
+KNOWN = (*MLX, "mlx-lm", *LEGACY, *LOCAL, CLUSTER, *NOT_SERVED)
 
 _WHY_NOT = {
     "claude": ("mode claude uses Anthropic's own service", "Run anyclaude --mode=claude; it needs no server"),
     "openrouter": ("mode openrouter uses a service on the web", "Run anyclaude --mode=openrouter; it needs no server"),
-    "mlx-cluster": ("several machines as one are not served yet", "Choose a backend of this machine with --mode"),
 }
 
 

@@ -16,13 +16,14 @@ from urllib.parse import unquote
 from mlx_lm import server as upstream
 
 from mlx_launcher.host import legacy_harmony
-from mlx_launcher.host.access import check_key, check_model, is_loopback
+from mlx_launcher.host.access import check_key, check_model, check_sender, is_loopback
 from mlx_launcher.host.chat import accepted, prepare
 from mlx_launcher.host.engine import where
 from mlx_launcher.host.errors import RequestError
 from mlx_launcher.host.requests import Generation, parse_chat, parse_completion
 from mlx_launcher.host.responses import error_body, sse
 from mlx_launcher.host.stops import StopScanner
+from mlx_launcher.host.timings import Stopwatch
 
 if TYPE_CHECKING:
     from mlx_launcher.host.legacy_service import Service
@@ -59,6 +60,7 @@ class Handler(upstream.APIHandler):  # type: ignore[misc]
 
     def do_GET(self) -> None:  # noqa: N802 - http.server's name
         with self._errors():
+            self._check_sender()
             path = self.path.partition("?")[0].rstrip("/")
             if not is_loopback(self.client_address[0]):
                 self._check_key()
@@ -79,27 +81,38 @@ class Handler(upstream.APIHandler):  # type: ignore[misc]
 
     def do_POST(self) -> None:  # noqa: N802
         with self._errors():
+            self._check_sender()
             path = self.path.partition("?")[0].rstrip("/")
             if path not in (_CHAT, _TEXT):
                 raise RequestError(404, f"there is nothing at {path}; try {_CHAT}, /v1/models or /health")
-            self._check_key()
-            raw = self._body()
-            body, generation = parse_chat(raw) if path == _CHAT else parse_completion(raw)
-            check_model(self._service.settings, body.model)
-            include_usage = bool(body.stream_options and body.stream_options.include_usage)
-            asked = {
-                "model": self._service.settings["model_id"],
-                "stream": bool(body.stream),
-                "stream_options": {"include_usage": include_usage},
-                **self._asked(generation),
-            }
-            # Handed on as if it had come so: mlx-lm's handler reads it from here.
-            raw = json.dumps({key: value for key, value in asked.items() if value is not None}).encode()
-            self.path, self.rfile = path, io.BytesIO(raw)
-            del self.headers["Content-Length"]
-            self.headers["Content-Length"] = str(len(raw))
-            with self._service.answered(), self.response_generator.asked(path, generation.stop):
-                super().do_POST()
+            with self._counted():
+                self._answered(path)
+
+    def _answered(self, path: str) -> None:
+        self._check_key()
+        raw = self._body()
+        body, generation = parse_chat(raw) if path == _CHAT else parse_completion(raw)
+        check_model(self._service.settings, body.model)
+        include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        asked = {
+            "model": self._service.settings["model_id"],
+            "stream": bool(body.stream),
+            "stream_options": {"include_usage": include_usage},
+            **self._asked(generation),
+        }
+        # Handed on as if it had come so: mlx-lm's handler reads it from here.
+        raw = json.dumps({key: value for key, value in asked.items() if value is not None}).encode()
+        self.path, self.rfile = path, io.BytesIO(raw)
+        del self.headers["Content-Length"]
+        self.headers["Content-Length"] = str(len(raw))
+        with self._service.answered(), self.response_generator.asked(path, generation.stop):
+            super().do_POST()
+
+    def do_OPTIONS(self) -> None:  # noqa: N802
+        """A preflight gets no permission: mlx-lm's own handler would name all methods and headers."""
+        with self._errors():
+            self._check_sender()
+            raise RequestError(405, "OPTIONS is not possible here; use GET or POST")
 
     def _asked(self, generation: Generation) -> dict[str, Any]:
         """The request in mlx-lm's words, and nothing else of what came: it would load adapters and other models by name."""
@@ -133,8 +146,16 @@ class Handler(upstream.APIHandler):  # type: ignore[misc]
             raise _ClientLeft
         return body
 
+    def _check_sender(self) -> None:
+        # As http.server read them.
+        headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in self.headers.items()]
+        check_sender(self._service.settings, headers)
+
     def _check_key(self) -> None:
-        check_key(self._service.settings, self.headers.get("Authorization", "").encode())
+        check_key(self._service.settings, self.headers.get("Authorization", "").encode("latin-1"))
+
+    def _set_cors_headers(self) -> None:
+        """None at all, for no page is to read an answer."""
 
     def _model(self) -> dict[str, Any]:
         name = self._service.settings["model_id"]
@@ -147,6 +168,19 @@ class Handler(upstream.APIHandler):  # type: ignore[misc]
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         self.wfile.write(raw)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Around one request for an answer: counts how it ended."""
+        timings = self._service.counters.timings
+        failed: BaseException | None = None
+        try:
+            yield
+        except BaseException as error:
+            failed = error.error if isinstance(error, _Refused) else error
+            raise
+        finally:
+            timings.ended(failed)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -213,6 +247,7 @@ class _Watched:
         self._stops: list[str] = []
         self._prompt = self._cached = self._generated = self._processed = 0
         self._left = False
+        self._stopwatch = Stopwatch(service.counters.timings, self._began)
 
     @property
     def cli_args(self) -> Any:
@@ -225,6 +260,7 @@ class _Watched:
         try:
             yield
         finally:
+            self._stopwatch.over()
             log.info(
                 "%s: %d prompt tokens, %d of them cached, %d generated, %.2f s%s",
                 "chat" if path == _CHAT else "completion",
@@ -264,8 +300,10 @@ class _Watched:
             if not self._generated:
                 self._cached = max(0, context.prompt_cache_count)
                 self._service.counters.cached_tokens += self._cached
+                self._stopwatch.prompted(self._prompt, self._cached)
             self._generated += 1
             self._service.counters.completion_tokens += 1
+            self._stopwatch.token()
             self._check()
             text, stop, _ = scanner.feed(answer.text)
             if stop is not None or answer.finish_reason == "stop":

@@ -59,7 +59,7 @@ class _Common(_Strict):
     stream_options: _StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     stop: str | list[str] | None = None
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(gt=0)] | None = None
@@ -202,6 +202,9 @@ def _shared(body: _Common) -> dict[str, Any]:
         "seed",
     )
     sampling = {name: value for name in names if (value := getattr(body, name)) is not None}
+    if body.seed is not None:
+        # mlx takes an unsigned number of 64 bits.
+        sampling["seed"] = body.seed % 2**64
     if body.logit_bias:
         try:
             sampling["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}

@@ -7,13 +7,14 @@ never fire streamed tool calls. What stands in this package instead is the layer
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import psutil
 from mlx_lm.generate import wired_limit
+from mlx_lm.models import cache as caches
 from pydantic import ValidationError
 
 from mlx_launcher.host import chat, corrections, events
@@ -38,6 +39,8 @@ from mlx_launcher.models.facts import facts, why_not_textgen
 from mlx_launcher.models.fingerprint import fingerprint
 
 log = logging.getLogger("mlx_launcher.host")
+
+TRY_LEGACY = "Serve it with --mode=mlx-legacy."
 
 # Of the machine's memory, for the states that stay in it.
 MEMORY_SHARE = 8
@@ -65,8 +68,6 @@ class Textgen:
             total = check(path)
         except BrokenModelError as error:
             raise ModelFault(error.reason, error.hint) from None
-        if (reason := why_not_textgen(facts(path))) is not None:
-            raise ModelFault(reason, "Serve it with --mode=mlx-legacy.")
         progress(0, total)
         corrections.restore_rotating_cache()
         corrections.without_cache_manager()
@@ -74,7 +75,13 @@ class Textgen:
         try:
             self._model = corrections.TextModel(str(path), model_name=settings["model_id"], verbose=False)
         except ValueError as error:
+            # Looking into mlx-lm's sources takes a tenth of a second: only to name the cause.
+            if (reason := why_not_textgen(facts(path))) is not None:
+                raise ModelFault(reason, TRY_LEGACY) from error
             raise ModelFault(f"{path} cannot be loaded: {error}") from error
+        if own := sorted(_states_of_its_own(self._model.get_empty_cache())):
+            what = f"{path} keeps its state in {', '.join(own)}, which mlx-textgen cannot serve"
+            raise ModelFault(what, TRY_LEGACY)
         read_weights(self._model.model, total, progress)
         self._states = _states(self._model.get_empty_cache, settings)
         self._warmup = Warmup(settings["warmup"] if settings["cache"]["enabled"] else [])
@@ -222,6 +229,14 @@ class Textgen:
                 code="context_length_exceeded",
             )
         return min(wanted or DEFAULT_MAX_TOKENS, self._context - prompt_tokens)
+
+
+def _states_of_its_own(layers: Iterable[Any]) -> Iterator[str]:
+    """The classes in which layers keep what they have read, where those are not mlx-lm's common ones: only these go on disk."""
+    for layer in layers:
+        if type(layer).__module__ != caches.__name__:
+            yield type(layer).__name__
+        yield from _states_of_its_own(getattr(layer, "caches", ()))
 
 
 def _states(make_empty: Callable[[], State], settings: Settings) -> KVStates:

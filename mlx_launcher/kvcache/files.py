@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, in folders that one process at a time may use."""
 
+import errno
 import fcntl
 import json
 import os
@@ -116,6 +117,8 @@ class FolderLock:
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if directory.is_symlink():
+            raise OSError(errno.ELOOP, "a link is not followed", str(directory))
         self._descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

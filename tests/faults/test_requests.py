@@ -73,7 +73,7 @@ def test_31_a_client_that_does_not_read_does_not_hold_up_the_others(host: Host) 
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         connection.connect(("127.0.0.1", host.port))
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
         connection.sendall(head + body)
         slow.append(connection)
     assert [chat(host.port, "Hi").text for _ in range(3)] == [GREETING] * 3

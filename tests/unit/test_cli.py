@@ -206,13 +206,13 @@ def test_where_the_state_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert paths.state_dir("s", {}) == tmp_path / "s"
 
 
-def test_the_state_directory_is_made_private_and_an_existing_one_is_left(tmp_path: Path) -> None:
+def test_the_state_directory_is_made_private_and_a_loose_one_of_ours_is_mended(tmp_path: Path) -> None:
     new = tmp_path / "a" / "b"
     paths.create_state_dir(new)
     assert stat.S_IMODE(new.stat().st_mode) == 0o700
     new.chmod(0o755)
     paths.create_state_dir(new)
-    assert stat.S_IMODE(new.stat().st_mode) == 0o755
+    assert stat.S_IMODE(new.stat().st_mode) == 0o700
 
 
 def test_a_state_directory_that_cannot_be(tmp_path: Path) -> None:

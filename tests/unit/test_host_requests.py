@@ -135,3 +135,15 @@ def test_any_json_is_a_generation_or_a_400(body: dict[str, Any]) -> None:
     for parse in (parse_chat, parse_completion):
         with contextlib.suppress(RequestError):
             parse(raw)
+
+
+@pytest.mark.parametrize(("seed", "taken"), [(-1, 2**64 - 1), (0, 0), (2**64 - 1, 2**64 - 1)])
+def test_any_seed_of_64_bits_is_taken(seed: int, taken: int) -> None:
+    raw = json.dumps({"messages": HELLO, "seed": seed}).encode()
+    assert parse_chat(raw)[1].sampling["seed"] == taken
+
+
+def test_a_larger_seed_is_refused() -> None:
+    raw = json.dumps({"messages": HELLO, "seed": 2**64}).encode()
+    with pytest.raises(RequestError, match="seed"):
+        parse_chat(raw)
