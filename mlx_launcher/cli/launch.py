@@ -37,6 +37,16 @@ def make_plan(app: App, flags: Flags, say: Say) -> Plan:
     Makes the state directory; downloads a model that is not here yet and tells `say`. LaunchError `usage` when nothing at
     all says what to serve, and what `document_in_force` and `assemble` raise.
     """
+    document = document_to_serve(app, flags)
+    create_state_dir(app.state_dir)
+    if flags.demo:
+        build_demo_model(app.state_dir)
+    caller = Caller(_command(app, flags, document), current_directory(), os.environ)
+    return assemble(flags, app.state_dir, caller, document, say)
+
+
+def document_to_serve(app: App, flags: Flags) -> Document:
+    """The configuration in force. LaunchError `usage` where it and the flags and the environment together name no model."""
     if flags.demo and flags.model is not None:
         hint = "Give --model for a model of yours, or --demo to try it with a tiny one"
         raise LaunchError("usage", "--model and --demo exclude each other", hint, EXIT_USAGE)
@@ -47,18 +57,19 @@ def make_plan(app: App, flags: Flags, say: Say) -> Plan:
             "or write a configuration file with mlx-launch config init"
         )
         raise LaunchError("usage", "there is no model to serve", hint, EXIT_USAGE)
-    create_state_dir(app.state_dir)
-    if flags.demo:
-        build_demo_model(app.state_dir)
-    caller = Caller(_command(app, flags, document), current_directory(), os.environ)
-    return assemble(flags, app.state_dir, caller, document, say)
+    return document
 
 
 def _command(app: App, flags: Flags, document: Document) -> list[str]:
     """A command that prints the same plan: the same file, flags and state directory, wherever they came from now."""
     words = [*PYTHON, "mlx_launcher", "--json", f"--state-dir={app.state_dir}"]
     words += [f"--config={document.file}"] if document.file else ["--no-config"]
-    words.append("plan")
+    return [*words, "plan", *option_words(flags)]
+
+
+def option_words(flags: Flags) -> list[str]:
+    """The options that say the same to any of our commands."""
+    words = []
     for name, value in flags._asdict().items():
         option = f"--{name.replace('_', '-')}"
         if value is True:

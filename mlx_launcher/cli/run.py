@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import click
 
+from mlx_launcher import system
 from mlx_launcher.cli.instances import ask
 from mlx_launcher.cli.joining import join
 from mlx_launcher.cli.launch import SUPERVISOR, make_plan, plan_file, show_notes, supervisor_environment
@@ -42,8 +43,13 @@ def command(app: App, /, with_caller: bool, service: bool, **server: Any) -> Res
     if service and with_caller:
         hint = "--service is for systemd and launchd, --with-caller for anyclaude's serverScript"
         raise LaunchError("usage", "--service and --with-caller exclude each other", hint, EXIT_USAGE)
-    with Progress(sys.stdout, quiet=False) as progress:
-        plan = make_plan(app, Flags(**server), progress.show)
+    try:
+        with Progress(sys.stdout, quiet=False) as progress:
+            plan = make_plan(app, Flags(**server), progress.show)
+    except LaunchError as error:
+        if service:
+            error.exit_code = system.service_exit_code(error.exit_code)
+        raise
     show_notes(app, plan)
     if with_caller and (running := _running(plan)):
         join(Path(plan["instance"]), running, plan["model"]["path"])

@@ -21,6 +21,8 @@ _POLL_S = 0.1
 _ATTEMPTS = 5  # to find a supervisor or become one, when others start and stop at the same moment
 _LOG_LINES = 15
 _SERVES = ("ready", "idle", "degraded")
+# By whether a service manager started it.
+_RAN = {False: "It was running already", True: "It was running already, as a service"}
 
 
 @click.command("start")
@@ -85,10 +87,12 @@ def _require_same(app: App, status: dict[str, Any], plan: Plan) -> None:
     if names:
         other = "; ".join(_difference(name, running.get(name), wanted.get(name)) for name in names)
         restart, stop = app.typed("restart", plan["port"]), app.typed("stop", plan["port"])
+        service = status.get("service", False)
+        otherwise = "install the service anew with them" if service else f"{stop} first"
         raise LaunchError(
             "other_settings",
-            f"a server runs on port {plan['port']} with other settings: {other}",
-            f"{restart} takes up a changed configuration file; for other options, {stop} first, or choose another --port",
+            f"a {'service' if service else 'server'} runs on port {plan['port']} with other settings: {other}",
+            f"{restart} takes up a changed configuration file; for other options, {otherwise}, or choose another --port",
         )
 
 
@@ -132,13 +136,13 @@ def _wait(app: App, plan: Plan, attached: bool, timeout: float | None) -> Result
             progress.show(phase_text(status), status["progress"])
             time.sleep(_POLL_S)
     require_key = plan["backend"]["settings"].get("require_key", False)
-    said = ["It was running already."] if attached else []
+    said = [f"{_RAN[status.get('service', False)]}."] if attached else []
     return Result(_data(status, attached), said + ready_screen(app, status, require_key))
 
 
 def _not_waiting(app: App, plan: Plan, attached: bool) -> Result:
     status = ask(Path(plan["instance"]), {"do": "status"})
-    said = "It was running already" if attached else "It is starting in the background"
+    said = _RAN[status.get("service", False)] if attached else "It is starting in the background"
     see = app.typed("status", plan["port"])
     return Result(_data(status, attached), [f"{said} (pid {status['supervisor']['pid']}). See {see}."])
 

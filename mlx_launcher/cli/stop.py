@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mlx_launcher.cli.instances import ask, choose, is_locked, remembered
+from mlx_launcher.cli.instances import ask, choose, is_locked, last_status, remembered
 from mlx_launcher.cli.options import json_option, which_option
 from mlx_launcher.cli.output import EXIT_INTERRUPTED, App, Result
 from mlx_launcher.cli.progress import Progress
@@ -45,7 +45,10 @@ def command(app: App, port: int | None, timeout: float | None) -> Result:
     except KeyboardInterrupt:
         what = f"interrupted, the server on port {instance.name} goes on stopping"
         raise LaunchError("interrupted", what, "", EXIT_INTERRUPTED) from None
-    return Result({"stopped": True, "pid": answer["pid"]}, [f"Stopped the server on port {instance.name}."])
+    lines = [f"Stopped the server on port {instance.name}."]
+    if last_status(instance).get("service"):
+        lines.append("It is a service and comes back at the next login; mlx-launch service uninstall takes it away.")
+    return Result({"stopped": True, "pid": answer["pid"]}, lines)
 
 
 def _wait(app: App, instance: Path, timeout_s: float) -> None:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 from mlx_launcher.config import shipped
-from mlx_launcher.doctor import model, port, python, servers, settings, state
+from mlx_launcher.doctor import model, port, python, servers, services, settings, state
 from mlx_launcher.doctor.check import Check, Subject
 from mlx_launcher.system.machine import machine
 from mlx_launcher.system.memory import model_memory
@@ -54,6 +54,7 @@ CHECKS: tuple[tuple[str, Look], ...] = (
     ("disk", state.disk),
     ("port", port.port),
     ("server", servers.servers),
+    ("service", services.services),
     ("leftovers", servers.leftovers),
     ("cache hits", servers.cache_hits),
     ("open files", _open_files),

@@ -19,9 +19,10 @@ import json
 import mlx.core as mx
 mx.eval(mx.ones(1) + 1)
 cuda = getattr(mx, "cuda", None)
-info = mx.device_info() if hasattr(mx, "device_info") else {}
+info = mx.device_info()
+name = info.get("device_name") or info.get("architecture") or ""
 print(json.dumps({
-    "version": mx.__version__, "gpu": "gpu" in str(mx.default_device()).lower(), "name": str(info.get("device_name", "")),
+    "version": mx.__version__, "gpu": "gpu" in str(mx.default_device()).lower(), "name": str(name),
     "metal": mx.metal.is_available(), "cuda": bool(cuda and cuda.is_available()),
 }))
 """
@@ -51,13 +52,16 @@ def interpreter(version: tuple[int, ...], machine: Machine, executable: str) -> 
     return Check("python", "ok", what)
 
 
-def device(machine: Machine, pins: Mapping[str, str]) -> Check:
+def device(machine: Machine, pins: Mapping[str, str], patience_s: float | None = None) -> Check:
     """What MLX computes on, asked in a process of its own; `pins` are the tested versions."""
+    patience_s = patience_s or _PROBE_S
     command = [sys.executable, "-P", "-c", _PROBE]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_S, check=False, errors="replace")
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=patience_s, check=False, errors="replace"
+        )
     except subprocess.TimeoutExpired:
-        what = f"MLX did not compute one number within {_PROBE_S:g} s; the first time after an installation may take longer"
+        what = f"MLX did not compute one number within {patience_s:g} s; the first time after an installation may take longer"
         return Check("device", "warning", what, f'{sys.executable} -c "import mlx.core"')
     try:
         report = json.loads(done.stdout)
@@ -76,8 +80,10 @@ def computes_on(machine: Machine, report: Mapping[str, Any]) -> Check:
         pin = f"{sys.executable} -m pip install --force-reinstall --no-deps mlx-metal=={report['version']}"
         return Check("device", "failed", f"{what}, and a Mac serves with its GPU", pin)
     if machine.nvidia and not report["cuda"]:
+        # The second for its files: mlx-cpu, which is a requirement on Linux, has a libmlx.so at the same path.
         install = f"{sys.executable} -m pip install 'mlx[cuda13]=={report['version']}'"
-        return Check("device", "warning", f"{what}, and there is an NVIDIA GPU", install)
+        last = f"{sys.executable} -m pip install --force-reinstall --no-deps mlx-cuda-13=={report['version']}"
+        return Check("device", "warning", f"{what}, and there is an NVIDIA GPU", f"{install} && {last}")
     return Check("device", "ok", what)
 
 
@@ -89,6 +95,8 @@ def broken(machine: Machine, said: str, pins: Mapping[str, str]) -> Check:
         wanted = "mlx[cpu]"
         if "libmlx" in said:
             what = f"MLX has no backend, as after a plain `pip install mlx` on Linux: {said}"
+        elif "libcuda" in said:
+            what = f"MLX is the build for CUDA, and no NVIDIA driver is found: {said}"
     packages = [f"{wanted}=={pins['mlx']}" if "mlx" in pins else wanted]
     packages += [f"{name}=={pins[name]}" for name in ("mlx-cpu", "mlx-metal") if name in pins]
     words = " ".join(f"'{word}'" if "[" in word else word for word in packages)

@@ -166,6 +166,8 @@ def start(subject: Subject) -> Check:
         if error.code.startswith(_TOLD):
             return Check("start", "skipped", "the model and the scripts come first")
         key = f'export {API_KEY_VARIABLE}="$(openssl rand -hex 16)"' if error.code == "key_required" else None
+        if error.code == "key_file" and error.hint.startswith("chmod"):
+            key = error.hint
         return Check("start", "failed", sentence(error), key or subject.edit())
     kind = {"textgen": "mlx-textgen", "legacy": "mlx-lm's own server"}.get(
         plan["backend"]["argv"][-1], "its own server"

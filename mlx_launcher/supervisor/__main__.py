@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from mlx_launcher import system
 from mlx_launcher.errors import EXIT_USAGE, LaunchError
 from mlx_launcher.plan import Plan
-from mlx_launcher.supervisor import plans, status
+from mlx_launcher.supervisor import notify, plans, status
 from mlx_launcher.supervisor.journal import Journal
 from mlx_launcher.supervisor.listener import Port
 from mlx_launcher.supervisor.loop import Supervisor
@@ -48,14 +48,14 @@ def main(argv: list[str]) -> int:
     except ValueError:
         sys.stderr.write("mlx-launch: this program is started by mlx-launch. Use mlx-launch run\n")
         return EXIT_USAGE
+    exit_code = system.service_exit_code if "--service" in arguments.manners else int
     try:
         supervisor = _prepare(arguments, wake)
     except LaunchError as error:
         _report(arguments.report_fd, {"ok": False, "error": error.as_json(), "exit": error.exit_code}, error)
-        return error.exit_code
+        return exit_code(error.exit_code)
     _report(arguments.report_fd, {"ok": True, "pid": os.getpid()})
-    code = supervisor.run()
-    return system.service_gave_up_code() if code and "--service" in arguments.manners else code
+    return exit_code(supervisor.run())
 
 
 def _parse(argv: list[str]) -> Arguments:
@@ -98,7 +98,9 @@ def _prepare(arguments: Arguments, wake: socket.socket) -> Supervisor:
     port = Port(plan["hosts"], plan["port"], journal.note)
     port.own()
     try:
-        terminal = Terminal(bool(arguments.manners), "--with-caller" in arguments.manners)
+        managed = notify.take(os.environ, plan["source"]["env"])
+        service = "--service" in arguments.manners
+        terminal = Terminal(bool(arguments.manners), "--with-caller" in arguments.manners, managed if service else None)
         return Supervisor(plan, port, journal, wake, terminal, arguments.idle)
     except OSError as error:
         raise _state_error(plan["instance"], error) from error
@@ -130,14 +132,17 @@ def _enter(instance: str) -> None:
     try:
         os.makedirs(os.path.dirname(instance), mode=0o700, exist_ok=True)
         os.makedirs(instance, mode=0o700, exist_ok=True)
-        os.fchdir(os.open(instance, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
+        directory = os.open(instance, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        os.fchdir(directory)
+        os.close(directory)
         os.chmod(".", 0o700)
     except OSError as error:
         raise _state_error(instance, error) from error
 
 
 def _state_error(instance: str, error: OSError) -> LaunchError:
-    message = f"the state directory {instance} cannot be used: {error.strerror or error}"
+    reason = f"{error.filename} in it is a link" if error.errno == errno.ELOOP else error.strerror or error
+    message = f"the state directory {instance} cannot be used: {reason}"
     return LaunchError("state_dir", message, "Choose another one with --state-dir")
 
 

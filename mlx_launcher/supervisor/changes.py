@@ -45,6 +45,7 @@ class Changes:
         """Has the command make a plan; `poll` gives it. The number of the change."""
         self.again = False
         self._terminal.say("planning")
+        self._terminal.notify.reloading()
         reload = Reload(self._number(trigger), trigger, self.log.write)
         self._reload = reload
         reload.plan(self.plan["source"], selector)
@@ -66,6 +67,7 @@ class Changes:
         """The plan to switch to, once, when there is one; what is none is refused here."""
         if self._reload is None or (outcome := self._reload.poll()) is None:
             return None
+        self._terminal.notify.ready()  # as far as a manager is concerned, who waits for it
         if not isinstance(outcome, Refusal):
             outcome = misplaced(self.plan, outcome) or outcome
         if isinstance(outcome, Refusal):
@@ -121,6 +123,7 @@ class Changes:
 
     def stopped(self) -> None:
         """Nothing changes any more."""
+        self._terminal.notify.stopping()
         self.again = False
         if self._reload is not None and self.under_way:
             self._reload.abandon()

@@ -106,7 +106,8 @@ class ControlServer:
     """Listens in the working directory, which must be the instance's. Calls `handle` for each request, in the loop.
 
     A file that a killed supervisor left is replaced: whoever holds the lock owns the name. No client can hold up another one:
-    when there are too many, the oldest, which has had its chance, is dropped. Raises OSError when it cannot listen.
+    when there are too many, the oldest, which has had its chance, is dropped. Only our own user's clients, and root's, are heard.
+    Raises OSError when it cannot listen.
     """
 
     def __init__(self, selector: selectors.BaseSelector, handle: Callable[[dict[str, Any]], Answer]) -> None:
@@ -136,6 +137,8 @@ class ControlServer:
             os.unlink(SOCKET_NAME)
 
     def _on_connect(self, _mask: int) -> None:
+        from mlx_launcher import system  # here, because a command has no use for it
+
         try:
             sock, _ = self._sock.accept()
         except BlockingIOError:
@@ -143,6 +146,9 @@ class ControlServer:
         except OSError:  # out of descriptors, or a client that is already gone
             if self._clients:
                 self._drop(next(iter(self._clients)))
+            return
+        if system.peer_uid(sock) not in (os.geteuid(), 0):
+            _turn_away(sock)
             return
         if len(self._clients) >= MAX_CLIENTS:
             self._drop(next(iter(self._clients)))
@@ -194,6 +200,15 @@ class ControlServer:
         del self._clients[client]
         self._selector.unregister(client.sock)
         client.sock.close()
+
+
+def _turn_away(sock: socket.socket) -> None:
+    """Another user's client, who may have neither an answer nor one of the places."""
+    answer = error_answer("not_yours", "this supervisor belongs to another user")
+    with contextlib.suppress(OSError):
+        sock.setblocking(False)
+        sock.send(json.dumps(answer).encode() + b"\n")
+    sock.close()
 
 
 class _Client:

@@ -1,7 +1,7 @@
 """Files that grow: the supervisor's journal and the server's log. Both survive a deleted file and a full disk."""
 
 # No pathlib: it costs 1 MiB in a process that lives for weeks.
-# ruff: noqa: PTH103, PTH105, PTH110, PTH116, PTH120
+# ruff: noqa: PTH103, PTH105, PTH110, PTH116, PTH120, PTH121
 
 import json
 import os
@@ -66,7 +66,7 @@ class RotatingFile:
                 return mine.st_size
             self.close()
         os.makedirs(os.path.dirname(self._path) or ".", mode=0o700, exist_ok=True)
-        here = os.path.dirname(self._path) in ("", os.getcwd())
+        here = os.path.samefile(os.path.dirname(self._path) or ".", ".")
         # O_NONBLOCK: a FIFO without a reader is then an error instead of a supervisor that stands still.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | (os.O_NOFOLLOW if here else 0)
         self._fd = os.open(self._path, flags, 0o600)

@@ -27,6 +27,14 @@ class Port:
         if not self.sockets:
             self.sockets = bind_all(self._hosts, self._port, self._note)
 
+    def regain(self) -> str | None:
+        """Binds again what was released; why that cannot be."""
+        try:
+            self.own()
+        except LaunchError as error:
+            return error.message
+        return None
+
     def release(self) -> None:
         for sock in self.sockets:
             sock.close()

@@ -12,7 +12,7 @@ from typing import Any
 from mlx_launcher import system
 from mlx_launcher.errors import LaunchError
 from mlx_launcher.plan import Plan
-from mlx_launcher.supervisor import plans, status
+from mlx_launcher.supervisor import metrics, plans, status
 from mlx_launcher.supervisor.changes import Changes
 from mlx_launcher.supervisor.control import Answer, ControlServer, error_answer
 from mlx_launcher.supervisor.journal import Journal
@@ -21,6 +21,7 @@ from mlx_launcher.supervisor.policy import Decision, Policy
 from mlx_launcher.supervisor.process import Server
 from mlx_launcher.supervisor.record import Record
 from mlx_launcher.supervisor.requests import wrong
+from mlx_launcher.supervisor.scrapes import Scrapes
 from mlx_launcher.supervisor.standby import Standby
 from mlx_launcher.supervisor.terminal import Terminal
 
@@ -62,6 +63,8 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._standby = Standby(self._selector, journal, self._changes.write)
         self._watch = Watch(self._selector, port, self._on_connection)
+        self._scrapes = Scrapes(self._selector, journal, self._metrics)
+        self._scrapes.listen(plan["metrics_port"])
         self._control = ControlServer(self._selector, self._on_request)
         self._wake = wake
         self._selector.register(wake, selectors.EVENT_READ, self._on_signals)
@@ -76,7 +79,7 @@ class Supervisor:
         hosts = self._port.hosts()
         self._journal.note("started", pid=os.getpid(), port=self._plan["port"], hosts=hosts)
         self._changes.note_warnings()
-        self._terminal.say(f"listening on {', '.join(hosts)} port {self._plan['port']}")
+        self._terminal.listening(f"{', '.join(hosts)} port {self._plan['port']}")
         try:
             self._apply(self._policy.begin(self._now, self._start_idle))
             while not self._policy.finished:
@@ -109,7 +112,9 @@ class Supervisor:
         self._on_tick(real)
 
     def _on_tick(self, real: float) -> None:
+        self._terminal.notify.turned()
         self._control.expire(real)
+        self._scrapes.expire(real)
         self._reap()
         if self._exit is not None and self._server is not None and not self._server.group_left():
             why = self._exit
@@ -168,6 +173,8 @@ class Supervisor:
         do = request["do"]
         if do == "status":
             return {"ok": True, "data": self._status()}
+        if do == "metrics":
+            return {"ok": True, "data": {"content_type": metrics.CONTENT_TYPE, "text": self._metrics()}}
         if do == "stop":
             self._stop(float(request["timeout_s"]), "stop")
             return {"ok": True, "data": {"pid": os.getpid(), "stop_timeout_s": self._plan["stop_timeout_s"]}}
@@ -229,6 +236,7 @@ class Supervisor:
     def _spawn(self) -> None:
         self._forget_server()  # one that was given up: nothing ends it
         self._changes.take()
+        self._scrapes.follow(self._plan["metrics_port"])
         backend = plans.backend(self._plan, self._policy.on_fallback)
         try:
             self._port.own()
@@ -250,7 +258,7 @@ class Supervisor:
             self._apply(self._policy.spawn_failed(self._now, why, permanent))
             return
         self._server = server
-        self._record.begins(self._now)
+        self._record.begins(self._now, self._policy.cause)
         self._journal.note(
             "spawn", server=server.pid, restarts=self._policy.restarts, backend=backend["name"], standby=bool(waiting)
         )
@@ -268,7 +276,7 @@ class Supervisor:
             "channel", "lines that are too long or no JSON" if self._server and self._server.dropped else None
         )
         if kind == "beat":
-            self._record.beat = message
+            self._record.hear(message)
             self._journal.trouble("answers", None)
             self._apply(self._policy.beat(self._now, message))
         elif kind == "answered":
@@ -285,6 +293,8 @@ class Supervisor:
             self._server.proved()
             self._journal.note("ready", server=self._server.pid, took_s=self._record.ready(self._now))
             self._apply(self._policy.ready(self._now))
+        elif kind == "dying":
+            self._record.dying = str(message.get("reason"))
         elif kind == "fault":
             parts = [str(message[key]).rstrip(".") for key in ("reason", "hint") if message.get(key)]
             why = ". ".join(parts) or "the server reported a fault"
@@ -325,10 +335,7 @@ class Supervisor:
         Who still waits when it is lent again is cut off, as if refused.
         """
         if not self._policy.finished and not self._policy.draining:
-            try:
-                self._port.own()
-            except LaunchError as error:
-                self._journal.trouble("port", error.message)
+            self._journal.trouble("port", self._port.regain())
 
     # -- what others see
 
@@ -344,14 +351,19 @@ class Supervisor:
             "server": self._record.server(self._server, self._policy.restarts),
             "standby": self._standby.seen(),
             "start_s": self._record.start_s,
+            "service": self._terminal.service,
             "listener": self._listener(),
             "on_fallback": self._policy.on_fallback,
             "rollback": self._changes.rollback,
             "reload": self._changes.seen,
             "beat": self._record.activity(self._now, self._policy.state == "idle"),
+            "metrics": self._scrapes.seen,
             "events": list(self._journal.tail),
         }
         return status.build(self._plan, seen)
+
+    def _metrics(self) -> str:
+        return metrics.render(self._status(), self._record.totals.seen(), self._record.restarts)
 
     def _listener(self) -> str:
         lends = plans.lends(plans.backend(self._plan, self._policy.on_fallback))
@@ -361,17 +373,8 @@ class Supervisor:
         """Rewrites state.json and tells the terminal, if there is anything new to say."""
         policy, pid = self._policy, self._server and self._server.pid
         reload = self._changes.seen and self._changes.seen["state"]
-        shown = (
-            policy.state,
-            policy.phase,
-            policy.draining,
-            policy.trial,
-            policy.last_error,
-            policy.finished,
-            pid,
-            self._standby.pid,
-            reload,
-        )
+        shown: tuple[Any, ...] = (policy.state, policy.phase, policy.draining, policy.trial, policy.last_error)
+        shown += (policy.finished, pid, self._standby.pid, reload)
         data = self._status() if shown != self._shown or self._terminal.wanted else {}
         if shown != self._shown:
             self._shown = shown
@@ -390,5 +393,6 @@ class Supervisor:
         if self._policy.state == "failed":
             self._terminal.show_log(self._plan["log_file"])
         self._control.close()
+        self._scrapes.close()
         self._changes.close()
         self._selector.close()

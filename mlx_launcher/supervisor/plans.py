@@ -27,6 +27,7 @@ _SHAPE: dict[str, Any] = {
     "idle_timeout_s": _NUMBER,
     "standby": bool,
     "memory_limit_bytes": (int, type(None)),
+    "metrics_port": (int, type(None)),
     "restart": {"max_restarts": int, "window_s": _NUMBER, "backoff_s": _NUMBER, "backoff_max_s": _NUMBER},
     "log_file": str,
     "log_max_bytes": int,

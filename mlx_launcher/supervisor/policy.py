@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from mlx_launcher.supervisor.liveness import Silence, Work, number, unused_s
-from mlx_launcher.supervisor.rules import Budget, Rules
+from mlx_launcher.supervisor.rules import Budget, Cause, Rules
 
 State = Literal["starting", "ready", "idle", "degraded", "restarting", "failed", "stopped"]
 Step = Literal["spawn", "watch", "fault", "drain", "term", "kill"]
@@ -71,6 +71,7 @@ class Policy:
         self.on_fallback = False  # which backend of the plan runs, or is started next
         self.finished = False
         self.restarts = 0
+        self.cause: Cause = "crash"  # why the next server is started
         self.last_error: str | None = None
         self.ending: str | None = None  # why the server that runs is being replaced
         self.unloading: str | None = None  # why it is ended, with no other in its place before somebody asks
@@ -117,7 +118,7 @@ class Policy:
         """Somebody has connected while nothing runs."""
         if not self.asleep:
             return []
-        self.state = "starting"
+        self.state, self.cause = "starting", "demand"
         return self._next("spawn", now, Decision("wake", "somebody connected"))
 
     def spawned(self, now: float, outside: bool = False) -> list[Decision]:
@@ -125,7 +126,7 @@ class Policy:
         self._server, self.phase, self._outside = "alive", "importing", outside
         # An import shows no progress of its own.
         self._silence, self._work = Silence(now, self._rules.hang_s, by_cpu=True), Work()
-        self._shown, self._unproved = (None, None), None
+        self._shown, self._unproved, self.cause = (None, None), None, "crash"
         return self._watch()
 
     def spawn_failed(self, now: float, why: str, permanent: bool) -> list[Decision]:
@@ -173,10 +174,10 @@ class Policy:
         limit, used = self._rules.memory_limit_bytes, number(beat.get("rss_bytes"))
         if limit is not None and used > limit:
             why = f"the server uses {used:,} bytes of memory, more than its limit of {limit:,} (memoryLimit)"
-            return self._replace(why, self._end_server(now, self._rules.stop_timeout_s, why))
+            return self._replace("memory", why, self._end_server(now, self._rules.stop_timeout_s, why))
         if 0 < self._rules.hang_s <= self._work.still_s(now):
             why = f"the server hung: requests in flight, and no progress for {self._rules.hang_s:g} s (hangTimeout)"
-            return self._replace(why, self._term(now, why))
+            return self._replace("hang", why, self._term(now, why))
         if 0 < self._rules.idle_s <= min(unused_s(beat), now - self._ready_at):
             self.unloading = f"no work for {self._rules.idle_s:g} s (idleTimeout)"
             return self._end_server(now, self._rules.stop_timeout_s, self.unloading)
@@ -191,7 +192,7 @@ class Policy:
         if self._step != "watch" or self._ready_at is None:
             return []
         why = "the server refuses connections, although its process runs"
-        return self._replace(why, self._term(now, why))
+        return self._replace("crash", why, self._term(now, why))
 
     def looked(self, now: float, cpu_s: float | None) -> list[Decision]:
         """What the server's group has used of the processor until now, in seconds; None where that is not known."""
@@ -315,13 +316,13 @@ class Policy:
         else:
             why = f"the server froze: no sign of life for {limit}, and its processes did nothing (freezeTimeout)"
             wait_s = min(FROZEN_TERM_S, self._rules.stop_timeout_s)
-            return self._replace(why, self._next("term", now + wait_s, Decision("term_asleep", why)))
-        return self._replace(why, self._term(now, why))
+            return self._replace("freeze", why, self._next("term", now + wait_s, Decision("term_asleep", why)))
+        return self._replace("hang", why, self._term(now, why))
 
-    def _replace(self, why: str, decisions: list[Decision]) -> list[Decision]:
+    def _replace(self, cause: Cause, why: str, decisions: list[Decision]) -> list[Decision]:
         """Another server takes the place of this one, whose end counts as a crash with this reason."""
         self.ending = self.last_error = why
-        self.state = "restarting"
+        self.state, self.cause = "restarting", cause
         return decisions
 
     def _end_server(self, now: float, drain_s: float, why: str) -> list[Decision]:
@@ -337,11 +338,11 @@ class Policy:
 
     def _start_trial(self, now: float) -> list[Decision]:
         self._rules, self.trial, self.on_fallback = self._next_rules, "starting", self._next_on_fallback
-        return self._start_anew(now)
+        return self._start_anew(now, "asked")
 
-    def _start_anew(self, now: float, *decisions: Decision) -> list[Decision]:
+    def _start_anew(self, now: float, cause: Cause, *decisions: Decision) -> list[Decision]:
         """Starts another server: what its predecessor did does not count against it."""
-        self.state, self._verdict = "restarting", None
+        self.state, self.cause, self._verdict = "restarting", cause, None
         self._budget.forgive()
         return self._next("spawn", now, *decisions)
 
@@ -363,14 +364,14 @@ class Policy:
         if self.trial:
             self.trial, self._rules, self.on_fallback = None, self._good_rules, self._good_on_fallback
             self.last_error = self._reverted = why
-            return self._start_anew(now, Decision("revert", why))
+            return self._start_anew(now, "rollback", Decision("revert", why))
         if self._reverted:
             why = f"{why}. It was started again because its successor failed: {self._reverted}"
             self._reverted = None
         if self._rules.fallback and not self.on_fallback:
             self.on_fallback = True
             self.last_error = self._rolled_back = why
-            return self._start_anew(now, Decision("rollback", why))
+            return self._start_anew(now, "rollback", Decision("rollback", why))
         if self.on_fallback and self._rolled_back:
             why = f"the fallback failed: {why}. It ran because of this: {self._rolled_back}"
         return self._finish("failed", why)

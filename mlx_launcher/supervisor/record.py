@@ -7,22 +7,41 @@ from mlx_launcher import system
 from mlx_launcher.supervisor import status
 from mlx_launcher.supervisor.journal import utc_now
 from mlx_launcher.supervisor.process import Server, describe_exit
+from mlx_launcher.supervisor.rules import Cause
+from mlx_launcher.supervisor.totals import Totals
 
 
 class Record:
-    """`beat` is the last message of that type, `progress` how far a load is. Times are seconds on the loop's clock."""
+    """`beat` is the last message of that type, `progress` how far a load is. `totals` and `restarts` are of all servers so far.
+
+    Times are seconds on the loop's clock.
+    """
 
     def __init__(self) -> None:
         self.beat: dict[str, Any] = {}
         self.progress: dict[str, int] | None = None
         self.last_exit: dict[str, Any] | None = None
+        self.dying: str | None = None  # why the server said that it would end by itself
         self.start_s: float | None = None  # how long the last start took
+        self.totals = Totals()
+        self.restarts: dict[Cause, int] = {}
+        self._begun = self._proved = False  # whether there was a server at all, and whether this one is ready
         self._asked_at = 0.0  # when it began
         self._unused_since = 0.0  # when there was work last, before the server was unloaded
 
-    def begins(self, now: float) -> None:
-        """A server starts."""
+    def begins(self, now: float, cause: Cause) -> None:
+        """A server starts, and why, if it is not the first one."""
+        if self._begun:
+            self.restarts[cause] = self.restarts.get(cause, 0) + 1
+        self.totals.ends()
+        self._begun, self._proved = True, False
         self.beat, self.progress, self._asked_at = status.between_servers(self.beat), None, now
+        self.dying = None
+
+    def hear(self, beat: dict[str, Any]) -> None:
+        self.beat = beat
+        if self._proved:
+            self.totals.heard(beat)
 
     def phase(self, message: dict[str, Any]) -> int | None:
         """A phase of a start; how many bytes are loaded, where it says so."""
@@ -31,14 +50,14 @@ class Record:
 
     def ready(self, now: float) -> float:
         """A start has ended; how long it took."""
-        self.progress, self.start_s = None, round(now - self._asked_at, 3)
+        self.progress, self.start_s, self._proved = None, round(now - self._asked_at, 3), True
         return self.start_s
 
     def exits(self, code: int, asked: str | None) -> str:
-        """Why it ended: what it was `asked` to end for, or else what waitpid says."""
+        """Why it ended: what it was `asked` to end for, or else what it said itself, or else what waitpid says."""
         self.last_exit = {"at": utc_now(), **describe_exit(code)}
-        if asked is not None:
-            self.last_exit["reason"] = asked
+        if (why := asked or self.dying) is not None:
+            self.last_exit["reason"] = why
         return str(self.last_exit["reason"])
 
     def unloads(self, now: float) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from mlx_launcher.supervisor.control import Answer, error_answer
 
-KNOWN = ("status", "stop", "restart", "switch")
+KNOWN = ("status", "metrics", "stop", "restart", "switch")
 
 
 def wrong(request: dict[str, Any], default_timeout_s: float) -> Answer | None:

@@ -1,9 +1,13 @@
 """What is borne of a server: the numbers of its plan, and how many crashes are left of them. Pure, as the policy."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 JITTER = 0.1
+
+# Why a server takes the place of another. `crash`: that one ended, or never proved itself; `rollback`: another backend or plan
+# does what this one could not; `demand`: nothing was loaded, and somebody came.
+Cause = Literal["crash", "hang", "freeze", "memory", "asked", "rollback", "demand"]
 
 
 class Rules(NamedTuple):

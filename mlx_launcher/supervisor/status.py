@@ -8,9 +8,11 @@ import json
 import os
 from typing import Any, TypedDict
 
+from mlx_launcher.buckets import BOUNDS, median
 from mlx_launcher.plan import Plan, compared
 from mlx_launcher.supervisor import plans
 from mlx_launcher.supervisor.standby import StandbyStatus
+from mlx_launcher.supervisor.totals import counted
 
 STATE_NAME = "state.json"
 SCHEMA = 1
@@ -29,7 +31,7 @@ class ServerStatus(TypedDict):
 
 class Seen(TypedDict):
     """What only the loop knows. `beat` is the host's last message of that type, or empty; `rollback` is why the fallback runs;
-    `start_s` is how many seconds the last start took.
+    `start_s` is how many seconds the last start took; `service`, that a service manager started the supervisor.
     """
 
     state: str
@@ -42,17 +44,19 @@ class Seen(TypedDict):
     server: ServerStatus | None
     standby: StandbyStatus | None
     start_s: float | None
+    service: bool
     listener: str
     on_fallback: bool
     rollback: dict[str, Any] | None
     reload: dict[str, Any] | None
     beat: dict[str, Any]
+    metrics: dict[str, str | None] | None
     events: list[dict[str, Any]]
 
 
 def build(plan: Plan, seen: Seen) -> dict[str, Any]:
-    """The `status` data of CLI.md, with `progress`, `standby`, `start_s`, `reload`, `events`, `notes`, `log_file`, `port` and
-    `settings` beside it.
+    """The `status` data of CLI.md, with `progress`, `standby`, `ranks`, `start_s`, `service`, `speed`, `metrics`, `reload`,
+    `events`, `notes`, `log_file`, `port` and `settings` beside it.
     """
     beat = seen["beat"]
     return {
@@ -70,8 +74,12 @@ def build(plan: Plan, seen: Seen) -> dict[str, Any]:
         "server": seen["server"],
         "standby": seen["standby"],
         "start_s": seen["start_s"],
+        "service": seen["service"],
         "activity": {key: beat.get(key, 0.0 if key == "idle_s" else 0) for key in _ACTIVITY},
+        "ranks": beat.get("ranks") or [],
+        "speed": _speed(beat),
         "kv_cache": {**NO_KV_CACHE, **_as_dict(beat.get("kv_cache"))},
+        "metrics": seen["metrics"],
         "last_error": seen["last_error"],
         "reload": seen["reload"],
         "notes": beat.get("notes", []),
@@ -79,6 +87,16 @@ def build(plan: Plan, seen: Seen) -> dict[str, Any]:
         "log_file": plan["log_file"],
         "port": plan["port"],
         "settings": compared(plan),
+    }
+
+
+def _speed(beat: dict[str, Any]) -> dict[str, float | None]:
+    """Medians of what the server's users waited for a first token, in seconds, and its tokens a second while decoding."""
+    counts, rates = counted(beat)["counts"], _as_dict(beat.get("tokens_per_s"))
+    waits = {name: median(BOUNDS[name], counts[name]) for name in ("first_token_cold_s", "first_token_warm_s")}
+    return {
+        **{name: wait if wait is None else round(wait, 4) for name, wait in waits.items()},
+        **{f"{name}_tokens_per_s": rates.get(name) for name in ("last_answer", "last_minute")},
     }
 
 

@@ -3,6 +3,9 @@
 import contextlib
 import os
 import select
+from collections.abc import Mapping
+
+from mlx_launcher.supervisor.notify import Notify
 
 # The line that anyclaude looks for in a script's output.
 STARTED = "Application startup complete"
@@ -12,10 +15,15 @@ LAST_LINES = 15
 
 
 class Terminal:
-    """Lines on stdout where `wanted`; where not, every call does nothing. A caller is told what it waits for, and watched."""
+    """Lines on stdout where `wanted`; where not, every call does nothing. A caller is told what it waits for, and watched.
 
-    def __init__(self, wanted: bool, with_caller: bool = False) -> None:
+    `managed` is what a service manager said of itself (notify.take), None where none started it; `notify` tells that one.
+    """
+
+    def __init__(self, wanted: bool, with_caller: bool = False, managed: Mapping[str, str] | None = None) -> None:
         self.wanted = wanted
+        self.service = managed is not None
+        self.notify = Notify(managed or {})
         self._tty = next((fd for fd in range(3) if wanted and os.isatty(fd)), None)
         self._caller = None
         self._headline = ""
@@ -31,12 +39,18 @@ class Terminal:
             if self.wanted and select.select([], [1], [], 0)[1]:
                 os.write(1, line.encode() + b"\n")
 
+    def listening(self, where: str) -> None:
+        """The port is bound: for a service manager that is all it waits for."""
+        self.say(f"listening on {where}")
+        self.notify.ready()
+
     def show(self, headline: str) -> None:
         """The state in one line, said when it is another one than before."""
         if headline == self._headline:
             return
         self._headline = headline
         self.say(headline)
+        self.notify.status(headline)
         if self._caller and headline.startswith("ready "):
             self._advised = True
             self.say(f"{STARTED}: {headline.removeprefix('ready ')}")

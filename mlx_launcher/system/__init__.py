@@ -7,10 +7,14 @@ Linux is read from /proc. macOS needs psutil, which costs 1.5 MiB and is therefo
 # ruff: noqa: PTH123, PTH208
 
 import os
+import socket
 import sys
 from typing import Any, TypedDict
 
 _CMDLINE_CHARS = 200
+# macOS's <sys/un.h>; the socket module does not name them.
+_SOL_LOCAL = 0
+_LOCAL_PEERCRED = 1
 
 
 class Holder(TypedDict):
@@ -114,9 +118,20 @@ def group_cpu_s(pgid: int) -> float | None:
     return sum(used) if used else None
 
 
-def service_gave_up_code() -> int:
-    """The exit code of a service that must not be started again: systemd can be told of 1, launchd knows none but 0."""
-    return 0 if sys.platform == "darwin" else 1
+def peer_uid(sock: socket.socket) -> int | None:
+    """The user at the other end of a connected Unix socket, as the kernel noted it; None where the system does not tell."""
+    try:
+        if sys.platform == "linux":  # struct ucred: pid, uid, gid
+            return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[4:8], sys.byteorder)
+        # struct xucred: version, uid, the number of groups, 16 groups
+        return int.from_bytes(sock.getsockopt(_SOL_LOCAL, _LOCAL_PEERCRED, 76)[4:8], sys.byteorder)
+    except OSError:
+        return None
+
+
+def service_exit_code(code: int) -> int:
+    """With what a service ends where another try would end the same: systemd can be told of codes, launchd knows none but 0."""
+    return 0 if sys.platform == "darwin" else code
 
 
 def port_holders(port: int) -> list[Holder]:

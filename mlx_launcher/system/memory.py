@@ -42,8 +42,13 @@ def parse_sysctl(output: str) -> Memory | None:
         return None
     if len(numbers) > 1 and numbers[1]:
         return Memory(numbers[1] << 20, f"the GPU's share (iogpu.wired_limit_mb) of {_gigabytes(numbers[0])}")
-    share = int(numbers[0] * _GPU_SHARE)
-    return Memory(share, f"{_GPU_SHARE:.0%} of {_gigabytes(numbers[0])}, the GPU's share".replace("%", " %", 1))
+    return gpu_share(numbers[0])
+
+
+def gpu_share(total: int) -> Memory:
+    """What a Mac with `total` bytes of memory gives its GPU unless it is told otherwise."""
+    share = int(total * _GPU_SHARE)
+    return Memory(share, f"{_GPU_SHARE:.0%} of {_gigabytes(total)}, the GPU's share".replace("%", " %", 1))
 
 
 def cgroup_limit(root: str = _CGROUPS, membership: str = "/proc/self/cgroup") -> int | None:

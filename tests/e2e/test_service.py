@@ -70,6 +70,11 @@ class World:
                     found.append(process.pid)
         return found
 
+    def clean_up(self) -> None:
+        for pid in self.supervisors():
+            psutil.Process(pid).terminate()
+        until(lambda: not self.supervisors(), what="the end of the supervisors")
+
     def files(self) -> list[str]:
         """What lies at home beside the state and the cache."""
         return [str(path) for path in self.home.rglob("*") if path.is_file() and ".anyclaude" not in path.parts]
@@ -98,9 +103,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
     yield world
     for one in worlds:
-        for pid in one.supervisors():
-            psutil.Process(pid).terminate()
-        until(lambda one=one: not one.supervisors(), what="the end of the supervisors")
+        one.clean_up()
 
 
 @pytest.mark.parametrize("program", ["systemctl", "launchctl"])
@@ -149,6 +152,18 @@ def test_installed_replaced_and_taken_away(program: str, make: Make) -> None:
     assert (world.supervisors(), world.files()) == ([], [])
     assert world.done("service", "uninstall")["steps"] == []
     assert list((world.home / ".anyclaude" / "mlx-launch").glob("*.log")) == []
+
+
+def test_one_that_gave_up_says_why(make: Make) -> None:
+    world = make("systemctl")
+    world.install()
+    world.done("stop", f"--port={world.port}")
+    file = world.home / ".anyclaude" / "mlx-launch" / str(world.port) / "state.json"
+    state = json.loads(file.read_text())
+    state["status"].update(state="failed", last_error="the weights are torn")
+    file.write_text(json.dumps(state))
+    code, data, errors = world.run("service", "status")
+    assert (code, errors[0]["code"], data["services"][0]["reason"]) == (3, "not_running", "the weights are torn")
 
 
 def test_a_server_that_was_started_by_hand_is_in_the_way(make: Make) -> None:

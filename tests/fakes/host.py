@@ -40,6 +40,7 @@ arguments.add_argument(
     "--grandchild", help="leave a process that sleeps, holds the pipe, ignores SIGTERM; its pid goes here"
 )
 arguments.add_argument("--garbage", action="store_true", help="send lines on the channel that are not messages")
+arguments.add_argument("--counts", action="store_true", help="tell of each request as of an answer of four tokens")
 options = arguments.parse_args()
 
 channel = socket.socket(fileno=options.channel)
@@ -75,8 +76,13 @@ def beat() -> None:
     if mute:
         return
     kv_cache = {"dir": "/kv", "entries": 1, "bytes": 2, "limit_bytes": 3}
-    counts = {"in_flight": in_flight, "queued": 0, "requests": served, "processed_tokens": processed}
+    counts: dict[str, object] = {"in_flight": in_flight, "queued": 0, "requests": served, "processed_tokens": processed}
     idle_s = round(time.monotonic() - last_activity, 2)
+    if options.counts:
+        waits = {"counts": [served] + [0] * 14, "sum": served / 100}
+        tokens = {"counts": [0] * 15 + [3 * served], "sum": served * 9.0}
+        counts["timings"] = {"first_token_cold_s": waits, "token_s": tokens}
+        counts |= {"answers": {"ok": served}, "completion_tokens": 4 * served}
     send(type="beat", rss_bytes=rss, kv_cache=kv_cache, notes=[], idle_s=idle_s, **counts)
 
 

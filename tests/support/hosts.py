@@ -105,9 +105,9 @@ class Host:
                 self.phases.append(message["phase"])
             elif message["type"] == "ready":
                 self.ready = True
-            elif message["type"] == "fault":
+            elif message["type"] in ("fault", "dying"):
                 self.fault = message["reason"]
-            else:
+            elif message["type"] == "beat":
                 self.counters = message
 
     def __enter__(self) -> "Host":

@@ -48,10 +48,11 @@ def launch(instance: Path, port: int) -> "Iterator[Callable[..., Launched]]":
         report: bool = True,
         preexec: Preexec = None,
         idle: bool = False,
+        managed: dict[str, str] | None = None,
         **changes: Any,
     ) -> Launched:
         plan = make_plan(Path(changes.pop("instance", instance)), changes.pop("port", port), *host_arguments, **changes)
-        all_of_them.append(Launched(plan, foreground, report, preexec, idle))
+        all_of_them.append(Launched(plan, foreground, report, preexec, idle, managed))
         return all_of_them[-1]
 
     yield start
@@ -99,6 +100,7 @@ def make_plan(instance: Path, port: int, *host_arguments: str, **changes: Any) -
         "idle_timeout_s": 0.0,
         "standby": False,
         "memory_limit_bytes": None,
+        "metrics_port": None,
         "restart": {**restart, **changes.pop("restart", {})},
         "log_file": str(instance / "server.log"),
         "log_max_bytes": 1 << 20,
@@ -113,7 +115,10 @@ def make_plan(instance: Path, port: int, *host_arguments: str, **changes: Any) -
 
 
 class Launched:
-    """One supervisor process. `report` is what it said on its report descriptor, None with `foreground`."""
+    """One supervisor process. `report` is what it said on its report descriptor, None with `foreground`.
+
+    `managed` are the variables with which a service manager starts it, None where none does.
+    """
 
     def __init__(
         self,
@@ -122,6 +127,7 @@ class Launched:
         report: bool = True,
         preexec: Preexec = None,
         idle: bool = False,
+        managed: dict[str, str] | None = None,
     ) -> None:
         self.plan = plan
         self.port: int = plan["port"]
@@ -134,12 +140,13 @@ class Launched:
             argv += ["--report-fd", str(write_end)] if report else []
             argv += ["--foreground"] if foreground else []
             argv += ["--idle"] if idle else []
+            argv += ["--service"] if managed is not None else []
             self.process = subprocess.Popen(
                 argv,
                 pass_fds=[file.fileno(), write_end],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                env={**os.environ, "PYTHONPATH": str(ROOT), **(managed or {})},
                 start_new_session=True,
                 preexec_fn=preexec,
             )

@@ -115,3 +115,9 @@ def test_the_processor_time_of_a_group_counts_all_of_it_and_only_grows() -> None
         assert 0.5 <= used < 10
         process.kill()
     assert system.group_cpu_s(process.pid) is None
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("linux", [0, 1, 2, 4, 5]), ("darwin", [0] * 5)])
+def test_with_what_a_service_ends(platform: str, expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    assert [system.service_exit_code(code) for code in (0, 1, 2, 4, 5)] == expected
