@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: start stop test test-faults soak bench lint types clean
+.PHONY: start stop test test-faults test-cluster docs-test pictures release-check soak bench lint types clean
 
 start: $(READY)
 	@$(BIN)/mlx-launch start --demo
@@ -31,6 +31,23 @@ soak: $(READY)
 bench: $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@$(BIN)/python -m benchmarks
+
+# Every command on every page; needs port 8081.
+docs-test: $(READY)
+	@$(BIN)/python tests/documentation.py $(PAGES)
+
+# The README's, from real output; needs port 8081.
+pictures: $(READY)
+	@$(BIN)/python tests/pictures.py
+
+# Downloads the whole set once more.
+release-check: $(READY)
+	@$(BIN)/python tests/release.py
+
+# Several ranks, on loopback and on network namespaces with an ssh server; a quarter of an hour on two cores.
+test-cluster: $(READY)
+	@sh scripts/cluster-hosts.sh
+	@$(BIN)/python -m pytest tests/cluster
 
 test-faults: $(READY)
 	@$(BIN)/python -m pytest tests/faults tests/unit/test_policy.py

@@ -17,6 +17,8 @@ from pathlib import Path
 import psutil
 
 from benchmarks.row import Row
+from mlx_launcher.doctor.python import device
+from mlx_launcher.system import machine as system
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
@@ -24,6 +26,7 @@ README = HERE.parent / "README.md"
 BEGIN, END = "<!-- results: written by make bench -->", "<!-- end of results -->"
 # As they stand on the page; others follow.
 ORDER = ("follow_up", "restart", "disk", "decode", "prefill", "http", "first_token", "small")
+_PROBE_S = 60.0
 PACKAGES = ("mlx-launcher", "mlx", "mlx-lm", "mlx-textgen")
 
 
@@ -142,6 +145,8 @@ def machine() -> Iterator[str]:
     memory = psutil.virtual_memory().total / (1 << 30)
     yield f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, {platform.platform()}"
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    # Names the card where there is one.
+    yield device(system.machine(), {}, _PROBE_S).found
     yield f"Python {platform.python_version()}, {versions}"
     yield f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
 

@@ -1,6 +1,6 @@
 """The longest match among 50 conversations of 18,000 tokens that begin alike, as a share of the 5 ms that it may take.
 
-    python -m benchmarks.lookup [--json]
+python -m benchmarks.lookup [--json]
 """
 
 import random

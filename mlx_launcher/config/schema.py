@@ -165,7 +165,7 @@ class Block(Keys):
         None,
         description="Milliseconds; anyclaude's patience. mlx-launch waits as long as it takes, or `start --timeout`.",
     )
-    distributed: Distributed | None = None
+    distributed: Distributed | None = Field(None, description="Several machines as one server.")
     cache: Cache | None = Field(None, description="The KV cache. The legacy server's is in memory alone.")
     truncateSystemPrompt: bool | None = None
     systemPromptMaxTokens: Count | None = None

@@ -21,6 +21,8 @@ class Architecture(NamedTuple):
     states: frozenset[str]
     full_attention_by_default: bool  # without `layer_types` in the configuration
     latent: bool  # keys and values are kept compressed (multi-head latent attention)
+    tensor: bool  # mlx-lm can split each layer among machines
+    pipeline: bool  # mlx-lm can split the model layer by layer
 
 
 def architecture(config: dict[str, Any]) -> Architecture | None:
@@ -29,6 +31,13 @@ def architecture(config: dict[str, Any]) -> Architecture | None:
     if root is None:
         return None
     return _read(root, _module_name(root, config))
+
+
+def splits(config: dict[str, Any]) -> frozenset[str]:
+    """How mlx-lm can split this model among machines: "tensor", each layer, and "pipeline", layer by layer."""
+    loaded_by = architecture(config)
+    ways = {"tensor": loaded_by.tensor, "pipeline": loaded_by.pipeline} if loaded_by else {}
+    return frozenset(way for way, possible in ways.items() if possible)
 
 
 def mlx_lm_is_installed() -> bool:
@@ -86,6 +95,8 @@ def _read(root: Path, name: str) -> Architecture | None:
         states=frozenset({PLAIN} if states is None else states),
         full_attention_by_default=re.search(r'layer_types = \["full_attention"\] \*', text) is not None,
         latent=re.search(r"^from \.mla import", text, re.MULTILINE) is not None,
+        tensor=source.has_method("Model", "shard"),
+        pipeline=source.pipelines(),
     )
 
 
@@ -126,6 +137,44 @@ class _Source:
                 return inherited
         return None
 
+    def has_method(self, class_name: str, method: str) -> bool:
+        """Whether the class has it, its own or an inherited one."""
+        found = self.find_class(class_name)
+        if found is None:
+            return False
+        source, node = found
+        if any(isinstance(part, ast.FunctionDef) and part.name == method for part in node.body):
+            return True
+        for base in node.bases:
+            if isinstance(base, ast.Name) and source.has_method(base.id, method):
+                return True
+            if isinstance(base, ast.Attribute) and isinstance(base.value, ast.Name):
+                return _Source(self._root, base.value.id).has_method(base.attr, method)
+        return False
+
+    def pipelines(self) -> bool:
+        """Whether what `Model` offers as `model` has mlx-lm's PipelineMixin: `sharded_load` looks for it there."""
+        found = self.find_class("Model")
+        if found is None:
+            return False
+        source, node = found
+        offered = any(getattr(part, "name", "") == "model" for part in node.body) or _assigned_to_model(node)
+        if not offered and not source._inherits_own(node):
+            return False
+        built = {name for part in source._classes.values() for name in _assigned_to_model(part)}
+        return any(source._has_pipeline(name) for name in built)
+
+    def _has_pipeline(self, class_name: str) -> bool:
+        found = self.find_class(class_name)
+        if found is None:
+            return False
+        mixed_in = any(isinstance(base, ast.Name) and base.id == "PipelineMixin" for base in found[1].bases)
+        return mixed_in or self.has_method(class_name, "pipeline")
+
+    def _inherits_own(self, node: ast.ClassDef) -> bool:
+        """Whether a base is a class of mlx_lm/models."""
+        return any(isinstance(base, ast.Name) and self.find_class(base.id) is not None for base in node.bases)
+
     def _states_of_base(self, base: ast.expr) -> set[str] | None:
         if isinstance(base, ast.Name):
             return self.states(base.id)
@@ -152,6 +201,18 @@ class _Source:
 
 def _caches(called: set[str]) -> set[str]:
     return {name for name in called if (name.endswith("Cache") and name[0].isupper()) or name == "CacheList"}
+
+
+def _assigned_to_model(node: ast.ClassDef) -> list[str]:
+    """The names of the classes in `self.model = Name(…)`."""
+    return [
+        child.value.func.id
+        for child in ast.walk(node)
+        if isinstance(child, ast.Assign)
+        and isinstance(child.value, ast.Call)
+        and isinstance(child.value.func, ast.Name)
+        and any(isinstance(target, ast.Attribute) and target.attr == "model" for target in child.targets)
+    ]
 
 
 def _calls(node: ast.AST) -> Iterator[str]:

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_launcher.errors import LaunchError
-from mlx_launcher.models.directory import BrokenModelError, check
+from mlx_launcher.models.directory import BrokenModelError, check, read_config
 from mlx_launcher.models.places import hub_cache, repository
 from mlx_launcher.models.resolve import split_hub_name
 
@@ -60,6 +61,24 @@ def download(name: str, say: Say) -> Path:
         raise _explained(name, error) from None
     except Exception as error:  # whatever HTTP library the hub's client is built on this year
         raise _explained(name, error) from None
+
+
+def fetch_config(name: str) -> dict[str, Any]:
+    """config.json of `org/name[@revision]` as the hub has it; nothing of it stays on this machine. LaunchError as `download`."""
+    repo, revision = split_hub_name(name)
+    import huggingface_hub
+
+    endpoint = os.environ.get("HF_ENDPOINT") or None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            file = huggingface_hub.hf_hub_download(
+                repo, "config.json", revision=revision, cache_dir=folder, endpoint=endpoint
+            )
+            return read_config(Path(file).parent)
+        except BrokenModelError as error:
+            raise LaunchError("model_incomplete", f"{name} on the hub: {error.reason}", "Choose another") from None
+        except Exception as error:  # whatever HTTP library the hub's client is built on this year
+            raise _explained(name, error) from None
 
 
 def _download(repo: str, revision: str | None, cache: Path, say: Say) -> Path:

@@ -18,7 +18,7 @@ TEXTGEN = "mlx-textgen"
 LEGACY = "mlx-legacy"  # mlx-lm's own server
 
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-_DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _WINDOWS = {"RotatingKVCache", "ChunkedKVCache"}
 # Where models with several parts keep the numbers of the one that writes text.
 _TEXT_PARTS = ("text_config", "language_config", "llm_config")
@@ -61,12 +61,12 @@ def facts(path: Path) -> Facts:
     """What the whole model at `path` is; raises BrokenModelError for one that is not whole."""
     weight_bytes = check(path)
     config = read_config(path)
-    text = _text_part(config)
-    tensors = _tensors(path)
+    text = text_part(config)
+    tensors = read_tensors(path)
     loaded_by = architecture(config)
-    cache, states = _cache(text, loaded_by)
-    layers = _number(text, "num_hidden_layers", "n_layers", "n_layer", "num_layers")
-    dtype = _dtype(tensors, text)
+    cache, states = cache_kind(text, loaded_by)
+    layers = number(text, "num_hidden_layers", "n_layers", "n_layer", "num_layers")
+    dtype = weights_dtype(tensors, text)
     return Facts(
         path=path,
         architecture=config["model_type"],
@@ -77,7 +77,7 @@ def facts(path: Path) -> Facts:
         dtype=dtype,
         weight_bytes=weight_bytes,
         parameters=_parameters(tensors, config),
-        context=_number(
+        context=number(
             text, "max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "seq_length"
         ),
         layers=layers,
@@ -121,12 +121,12 @@ def why_not_textgen(model: Facts) -> str | None:
     return f"the architecture {model.architecture} of {model.path} keeps its state in {own}, which mlx-textgen cannot serve"
 
 
-def _text_part(config: Mapping[str, Any]) -> dict[str, Any]:
+def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
     parts = [part for name in _TEXT_PARTS if isinstance(part := config.get(name), dict)]
     return {**config, **(parts[0] if parts else {})}
 
 
-def _number(config: Mapping[str, Any], *names: str) -> int | None:
+def number(config: Mapping[str, Any], *names: str) -> int | None:
     """The first of the keys that holds a positive whole number."""
     for name in names:
         value = config.get(name)
@@ -135,7 +135,7 @@ def _number(config: Mapping[str, Any], *names: str) -> int | None:
     return None
 
 
-def _tensors(path: Path) -> Tensors:
+def read_tensors(path: Path) -> Tensors:
     """Type and shape of every tensor."""
     found: Tensors = {}
     for file in weight_files(path):
@@ -147,7 +147,7 @@ def _tensors(path: Path) -> Tensors:
     return found
 
 
-def _dtype(tensors: Tensors, config: Mapping[str, Any]) -> str:
+def weights_dtype(tensors: Tensors, config: Mapping[str, Any]) -> str:
     sizes: Counter[str] = Counter()
     for dtype, shape in tensors.values():
         if dtype in _DTYPES:
@@ -155,17 +155,17 @@ def _dtype(tensors: Tensors, config: Mapping[str, Any]) -> str:
     if sizes:
         return sizes.most_common(1)[0][0]
     named = config.get("torch_dtype") or config.get("dtype")
-    return named if isinstance(named, str) and named in _DTYPE_BYTES else "float16"
+    return named if isinstance(named, str) and named in DTYPE_BYTES else "float16"
 
 
 def _quantization(config: Mapping[str, Any]) -> Quantization | None:
     given = config.get("quantization") or config.get("quantization_config")
     if not isinstance(given, dict):
         return None
-    bits = _number(given, "bits")
+    bits = number(given, "bits")
     mode = given.get("mode") or given.get("quant_method") or "affine"
-    others = {_number(layer, "bits") for layer in given.values() if isinstance(layer, dict)} - {None, bits}
-    return Quantization(bits, _number(given, "group_size"), str(mode), bool(bits and others))
+    others = {number(layer, "bits") for layer in given.values() if isinstance(layer, dict)} - {None, bits}
+    return Quantization(bits, number(given, "group_size"), str(mode), bool(bits and others))
 
 
 def _parameters(tensors: Tensors, config: Mapping[str, Any]) -> int | None:
@@ -180,14 +180,14 @@ def _parameters(tensors: Tensors, config: Mapping[str, Any]) -> int | None:
             total += math.prod(shape)
         elif part == "weight":
             own = packing.get(layer)
-            group = _number(own if isinstance(own, dict) else {}, "group_size") or _number(packing, "group_size")
+            group = number(own if isinstance(own, dict) else {}, "group_size") or number(packing, "group_size")
             if group is None:
                 return None
             total += math.prod(scales[1]) * group
     return total
 
 
-def _cache(config: Mapping[str, Any], loaded_by: Architecture | None) -> tuple[Cache, tuple[str, ...]]:
+def cache_kind(config: Mapping[str, Any], loaded_by: Architecture | None) -> tuple[Cache, tuple[str, ...]]:
     if loaded_by is None or not loaded_by.states:
         return "unknown", ()
     states = loaded_by.states - {PLAIN}
@@ -210,25 +210,25 @@ def _slides(config: Mapping[str, Any], loaded_by: Architecture) -> bool:
 def _kv_bytes(
     config: Mapping[str, Any], loaded_by: Architecture | None, cache: Cache, layers: int | None, dtype: str
 ) -> int | None:
-    width = _kv_width(config, loaded_by)
+    width = kv_width(config, loaded_by)
     if width is None or layers is None:
         return None
-    return _growing_layers(config, cache, layers) * width * _DTYPE_BYTES[dtype]
+    return _growing_layers(config, cache, layers) * width * DTYPE_BYTES[dtype]
 
 
-def _kv_width(config: Mapping[str, Any], loaded_by: Architecture | None) -> int | None:
+def kv_width(config: Mapping[str, Any], loaded_by: Architecture | None) -> int | None:
     """How many numbers one layer keeps of one token."""
-    heads = _number(config, "num_attention_heads", "n_heads", "n_head")
-    rope = _number(config, "qk_rope_head_dim")
-    if rope and (rank := _number(config, "kv_lora_rank")):
+    heads = number(config, "num_attention_heads", "n_heads", "n_head")
+    rope = number(config, "qk_rope_head_dim")
+    if rope and (rank := number(config, "kv_lora_rank")):
         if loaded_by is not None and loaded_by.latent:
             return rank + rope
-        nope, value = _number(config, "qk_nope_head_dim"), _number(config, "v_head_dim")
+        nope, value = number(config, "qk_nope_head_dim"), number(config, "v_head_dim")
         if heads and nope and value:
             return heads * (nope + rope + value)
-    hidden = _number(config, "hidden_size", "n_embd", "d_model", "dim")
-    size = _number(config, "head_dim") or (hidden // heads if hidden and heads else None)
-    kv_heads = _number(config, "num_key_value_heads", "n_kv_heads") or heads
+    hidden = number(config, "hidden_size", "n_embd", "d_model", "dim")
+    size = number(config, "head_dim") or (hidden // heads if hidden and heads else None)
+    kv_heads = number(config, "num_key_value_heads", "n_kv_heads") or heads
     return 2 * kv_heads * size if kv_heads and size else None
 
 
@@ -239,5 +239,5 @@ def _growing_layers(config: Mapping[str, Any], cache: Cache, layers: int) -> int
     kinds = config.get("layer_types")
     if isinstance(kinds, list) and kinds:
         return sum(kind == "full_attention" for kind in kinds)
-    every = _number(config, "full_attention_interval", "sliding_window_pattern")
+    every = number(config, "full_attention_interval", "sliding_window_pattern")
     return layers // every if every else layers

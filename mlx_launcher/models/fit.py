@@ -22,7 +22,11 @@ def needed_bytes(model: Facts) -> int:
 
 def judge(model: Facts, memory: Memory) -> Fits:
     """ "tight" is over nine tenths of what there is."""
-    needed = needed_bytes(model)
+    return judge_bytes(needed_bytes(model), memory)
+
+
+def judge_bytes(needed: int, memory: Memory) -> Fits:
+    """The same for a number of bytes."""
     return "no" if needed > memory.bytes_ else "tight" if needed > _TIGHT * memory.bytes_ else "yes"
 
 

@@ -56,7 +56,9 @@ def test_interpreters(version: tuple[int, ...], machine: Machine, result: str, w
         (MAC, {}, "failed", "CPU, and a Mac serves with its GPU", "mlx-metal==0.32.4"),
         (LINUX, {}, "ok", "MLX 0.32.4 computes on CPU", None),
         (LINUX._replace(nvidia=True), {}, "warning", "an NVIDIA GPU", "'mlx[cuda13]==0.32.4'"),
-        (LINUX._replace(nvidia=True), {"gpu": True, "cuda": True}, "ok", "CUDA", None),
+        # What is installed, and overwritten by the build for the CPU.
+        (LINUX._replace(nvidia=True), {}, "warning", "an NVIDIA GPU", "--no-deps mlx-cuda-13==0.32.4"),
+        (LINUX._replace(nvidia=True), {"gpu": True, "cuda": True, "name": "NVIDIA L4"}, "ok", "CUDA: NVIDIA L4", None),
     ],
 )
 def test_devices(machine: Machine, report: dict[str, Any], result: str, words: str, remedy: str | None) -> None:
@@ -75,6 +77,10 @@ def test_an_mlx_without_a_backend() -> None:
     assert found.remedy == (
         f"{sys.executable} -m pip install --force-reinstall --no-deps 'mlx[cpu]==0.32.4' mlx-cpu==0.32.4"
     )
+    said = "ImportError: libcuda.so.1: cannot open shared object file: No such file or directory"
+    found = python.broken(LINUX, said, PINS)
+    assert found.found.startswith("MLX is the build for CUDA, and no NVIDIA driver is found")
+    assert (found.remedy or "").endswith("mlx-cpu==0.32.4")  # which puts its library in the place of the other
     assert "MLX does not work: No module named" in python.broken(MAC, "No module named 'mlx'", {}).found
 
 
