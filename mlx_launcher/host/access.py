@@ -1,6 +1,7 @@
 """Who may ask, from where, and for which model: the same for every server that a host runs."""
 
 import contextlib
+import functools
 import hmac
 import ipaddress
 import re
@@ -13,6 +14,7 @@ from mlx_launcher.host.settings import Settings
 _NO_STRANGER = (b"none", b"same-origin")
 # [::1]:8081, 127.0.0.1:8081, localhost
 _HOST = re.compile(rb"(?:\[([0-9a-f:.]+)\]|([0-9a-z.-]+))(?::[0-9]*)?")
+_LOOKED_AT = frozenset((b"host", b"origin", b"sec-fetch-site", b"authorization"))
 _SHOWN_CHARS = 80
 
 
@@ -52,7 +54,8 @@ def check_sender(settings: Settings, headers: Iterable[tuple[bytes, bytes]]) -> 
     """
     given: dict[bytes, list[bytes]] = {}
     for name, value in headers:
-        given.setdefault(name, []).append(value.strip())
+        if name in _LOOKED_AT:
+            given.setdefault(name, []).append(value.strip())
     hosts = [host.lower() for host in given.get(b"host", [])]
     foreign = [host for host in hosts if not _leads_here_only(host)]
     if foreign and not settings["require_key"]:
@@ -70,12 +73,14 @@ def check_sender(settings: Settings, headers: Iterable[tuple[bytes, bytes]]) -> 
         check_key(settings, given.get(b"authorization", [b""])[0])
 
 
+@functools.lru_cache(maxsize=256)
 def is_loopback(address: str) -> bool:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(address).is_loopback
     return False
 
 
+@functools.lru_cache(maxsize=256)
 def _leads_here_only(host: bytes) -> bool:
     """Whether a `Host` is `localhost` or an address, with or without a port."""
     found = _HOST.fullmatch(host)

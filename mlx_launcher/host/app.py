@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import functools
 import json
 import logging
 import time
@@ -44,8 +43,10 @@ class App:
         self._settings = settings
         self._created = int(time.time())
         # Asked all day by those who watch the server, and always the same.
-        self._health = _json(200, {"status": "ok", "model": settings["model_id"], "model_loaded": True})
-        self._models = _json(200, {"object": "list", "data": [self._model()]})
+        self._constant = {
+            "/health": _json(200, {"status": "ok", "model": settings["model_id"], "model_loaded": True}),
+            "/v1/models": _json(200, {"object": "list", "data": [self._model()]}),
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,14 +59,11 @@ class App:
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"].rstrip("/")
         check_sender(self._settings, scope["headers"])
-        if path == "/health":
+        if (constant := self._constant.get(path)) is not None:
             _allow(method, "GET")
             self._authorize(scope, exempt_on_loopback=True)
-            await _send_all(send, self._health)
-        elif path == "/v1/models":
-            _allow(method, "GET")
-            self._authorize(scope, exempt_on_loopback=True)
-            await _send_all(send, self._models)
+            for message in constant:
+                await send(message)
         elif path.startswith("/v1/models/"):
             _allow(method, "GET")
             self._authorize(scope, exempt_on_loopback=True)
@@ -293,10 +291,7 @@ def _allow(method: str, *allowed: str) -> None:
 
 def _is_loopback(scope: Scope) -> bool:
     client = scope.get("client")
-    return client is None or _is_loopback_address(client[0])
-
-
-_is_loopback_address = functools.lru_cache(maxsize=256)(is_loopback)
+    return client is None or is_loopback(client[0])
 
 
 def _json(status: int, body: dict[str, Any], *headers: tuple[bytes, bytes]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -307,13 +302,9 @@ def _json(status: int, body: dict[str, Any], *headers: tuple[bytes, bytes]) -> t
     return start, {"type": "http.response.body", "body": raw}
 
 
-async def _send_all(send: Send, messages: tuple[dict[str, Any], ...]) -> None:
-    for message in messages:
-        await send(message)
-
-
 async def _send_json(send: Send, status: int, body: dict[str, Any], *headers: tuple[bytes, bytes]) -> None:
-    await _send_all(send, _json(status, body, *headers))
+    for message in _json(status, body, *headers):
+        await send(message)
 
 
 async def _send_error(send: Send, error: RequestError) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -119,6 +120,7 @@ class _Host:
         await told
         server.should_exit = True
         await self._finish(serving)
+        self._tell()
         return 0
 
     async def _start(self) -> _Server:
@@ -129,6 +131,8 @@ class _Host:
         self._reports.phase("proving", None, None)
         await prove(app, settings)
         self._engine.forget_proof()
+        # What was imported and loaded stays: the collector need not walk through it again and again.
+        gc.freeze()
         config = uvicorn.Config(
             app,
             http="h11",
@@ -183,9 +187,12 @@ class _Host:
         self._channel.send({"type": "fault", "reason": f"the engine's thread ended: {what}", "hint": ""})
         self._orphaned()
 
+    def _tell(self) -> None:
+        self._reports.beat(self._engine.counters, self._engine.kv_cache(), self._engine.notes())
+
     async def _beat(self) -> None:
         while True:
-            self._reports.beat(self._engine.counters, self._engine.kv_cache(), self._engine.notes())
+            self._tell()
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), BEAT_S)
