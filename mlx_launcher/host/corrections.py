@@ -29,7 +29,6 @@ __all__ = [
     "SamplingParams",
     "TextModel",
     "name_logit_bias_right",
-    "restore_rotating_cache",
     "without_cache_manager",
 ]
 
@@ -42,6 +41,10 @@ def restore_rotating_cache() -> None:
     """
     for name, method in _PRISTINE.items():
         setattr(RotatingKVCache, name, method)
+
+
+# At once: whoever imports this may run a model without having asked for it.
+restore_rotating_cache()
 
 
 def without_cache_manager() -> None:

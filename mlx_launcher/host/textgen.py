@@ -69,7 +69,6 @@ class Textgen:
         except BrokenModelError as error:
             raise ModelFault(error.reason, error.hint) from None
         progress(0, total)
-        corrections.restore_rotating_cache()
         corrections.without_cache_manager()
         corrections.name_logit_bias_right()
         try:
