@@ -64,6 +64,7 @@ class Plan(TypedDict):
     idle_timeout_s: float  # without work, after which a host is ended until somebody connects; 0 is never
     standby: bool  # whether a second host waits beside the one that serves
     memory_limit_bytes: int | None  # of the server; None is no limit
+    metrics_port: int | None  # of the page with the metrics, on loopback; None is no page
     restart: Restart
     log_file: str  # the server's log; absolute
     log_max_bytes: int
@@ -105,6 +106,7 @@ _LIMITS = {
     "idleTimeout": "idle_timeout_s",
     "standby": "standby",
     "memoryLimit": "memory_limit_bytes",
+    "metricsPort": "metrics_port",
 }
 
 

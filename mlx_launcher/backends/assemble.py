@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from mlx_launcher.backends.cluster import cluster
 from mlx_launcher.backends.command import command, needs_model
 from mlx_launcher.backends.legacy import legacy
 from mlx_launcher.backends.models import Found, Say, check_model, find_model, no_model, served_names
@@ -14,6 +15,7 @@ from mlx_launcher.config import defaults, urls
 from mlx_launcher.config.document import Document, nothing
 from mlx_launcher.config.keyfile import read_key
 from mlx_launcher.config.layers import API_KEY_VARIABLE, Flags, Settings, settle, settle_fallback
+from mlx_launcher.config.problems import error, invalid
 from mlx_launcher.errors import LaunchError
 from mlx_launcher.plan import Backend, Plan, Source
 
@@ -26,7 +28,8 @@ def assemble(
     """The plan for one server. The demo model must have been built; one from the hub is downloaded, and `say` told of it.
 
     LaunchError: what `settle` raises for the configuration, `model_…` for the model, `no_model` when nothing names one,
-    `key_required` for an address that others can reach without a key to ask them for, `key_file` for a key's file that others read.
+    `key_required` for an address that others can reach without a key to ask them for, `key_file` for a key's file that is
+    not for us alone.
     """
     settings = settle(flags, caller.environment, document or nothing(caller.cwd))
     kind = which(settings, caller.cwd)
@@ -39,7 +42,8 @@ def assemble(
             raise no_model(settings)
         found = Found({"id": settings["model"] or settings.block, "path": ""}, [settings["model"] or settings.block])
     elif kind.name in BUILT_IN:
-        _check(Path(found.model["path"]), flags.force)
+        # What a machine of a cluster has to hold is a part of it.
+        _check(Path(found.model["path"]), flags.force or kind.name == "cluster")
     instance = state_dir / str(settings["port"])
     serving = Serving(
         model=found.model,
@@ -72,6 +76,7 @@ def assemble(
         "idle_timeout_s": settings["idleTimeout"],
         "standby": settings["standby"],
         "memory_limit_bytes": settings["memoryLimit"],
+        "metrics_port": _metrics_port(settings),
         "restart": {
             "max_restarts": settings["restart.maxRestarts"],
             "window_s": settings["restart.window"],
@@ -91,6 +96,14 @@ def _without_effect(settings: Settings, backend: Backend) -> list[str]:
         return []
     asked = [name for name in ("idleTimeout", "standby") if settings[name]]
     return [f"{name} has no effect on a server of your own (command or serverScript)" for name in asked]
+
+
+def _metrics_port(settings: Settings) -> int | None:
+    port: int | None = settings["metricsPort"]
+    if port is not None and port == settings["port"]:
+        problem = error((), f"{port} is the port of the server itself", "Choose another one, or leave it out")
+        raise invalid(settings.origin("metricsPort"), problem)
+    return port
 
 
 def _key(settings: Settings, cwd: str) -> str | None:
@@ -133,6 +146,8 @@ def _backend(kind: Kind, serving: Serving, settings: Settings, caller: Caller) -
         return command(serving, settings, caller.cwd, caller.environment)
     if kind.script is not None:
         return script(serving, settings, kind.script, caller.cwd)
+    if kind.name == "cluster":
+        return cluster(serving, settings, caller.cwd)
     return legacy(serving, settings) if kind.name == "legacy" else textgen(serving, settings)
 
 
@@ -148,8 +163,22 @@ def _fallback(kind: Kind, serving: Serving, settings: Settings, caller: Caller) 
         return _backend(which(own, caller.cwd), serving, own, caller)
     if kind.name == "legacy" or (kind.name not in BUILT_IN and not _is_whole(serving.model["path"])):
         return None
+    if kind.name == "cluster" and (larger := _too_large(serving.model["path"])):
+        settings.notes.append(f"there is no fallback: {larger}")
+        return None
     # Its block may name a script or a command; what takes over unasked is the server that borrows the socket.
     return legacy(serving, settle_fallback(settings))
+
+
+def _too_large(path: str) -> str | None:
+    """Why this machine alone cannot hold a model; None where it can."""
+    from mlx_launcher.models import fit
+
+    try:
+        fit.check(Path(path), force=False)
+    except LaunchError as error:
+        return error.message
+    return None
 
 
 def _is_whole(path: str) -> bool:

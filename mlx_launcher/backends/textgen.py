@@ -15,8 +15,8 @@ def textgen(serving: Serving, settings: Settings) -> Backend:
     return host(serving, settings, "textgen")
 
 
-def host(serving: Serving, settings: Settings, name: Literal["textgen", "legacy"]) -> Backend:
-    """One of the servers that our host runs; both are told the same."""
+def host(serving: Serving, settings: Settings, name: Literal["textgen", "legacy", "cluster"]) -> Backend:
+    """One of the servers that our host runs; all are told the same."""
     cache = settings["cache.dir"]
     if cache is not None:
         cache = os.path.normpath(settings.base("cache.dir", "/") / os.path.expanduser(cache))  # noqa: PTH111

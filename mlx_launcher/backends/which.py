@@ -1,4 +1,4 @@
-"""Which kind of server a block means: one of the two built-in ones, a script of the user's, or a command."""
+"""Which kind of server a block means: one of the built-in ones, a script of the user's, or a command."""
 
 import itertools
 import os
@@ -13,7 +13,7 @@ from mlx_launcher.config.problems import error, invalid
 MARKERS = {"# mlx-launch built-in: textgen": "textgen", "# mlx-launch built-in: legacy": "legacy"}
 NAMES = {"mlx-textgen-server.sh": "textgen", "mlx-server.py": "legacy"}
 # Served by our own host, which loads MLX models only.
-BUILT_IN = ("textgen", "legacy")
+BUILT_IN = ("textgen", "legacy", "cluster")
 _MARKER_LINES = 20
 _LINE_BYTES = 1000
 
@@ -21,7 +21,7 @@ _LINE_BYTES = 1000
 class Kind(NamedTuple):
     """`script` is the file of a "script", and None otherwise."""
 
-    name: Literal["textgen", "legacy", "script", "command"]
+    name: Literal["textgen", "legacy", "cluster", "script", "command"]
     script: Path | None = None
 
 
@@ -33,8 +33,11 @@ def which(settings: Settings, cwd: str) -> Kind:
     if settings["command"] is not None:
         return Kind("command")
     if settings["serverScript"]:
-        return _of_script(settings, cwd)
-    return Kind("legacy" if settings.block in modes.LEGACY else "textgen")
+        kind = _of_script(settings, cwd)
+    else:
+        kind = Kind("legacy" if settings.block in modes.LEGACY else "textgen")
+    several = settings.block == modes.CLUSTER or settings["distributed.enabled"]
+    return Kind("cluster") if several and kind.name == "textgen" else kind
 
 
 def _of_script(settings: Settings, cwd: str) -> Kind:

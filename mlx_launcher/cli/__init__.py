@@ -21,7 +21,13 @@ COMMANDS = {
     "restart": "Restart the server with its configuration as it is now.",
     "rollback": "Go to the fallback, verified, and write it into the configuration.",
     "logs": "Show the server's log.",
+    "metrics": "Print what a server does, for monitoring.",
+    "bench": "Measure how fast the model answers on this machine.",
+    "cache": "Look after the KV cache on disk.",
     "models": "List the models on this machine.",
+    "doctor": "Check the installation, with the remedy of whatever is wrong.",
+    "cluster": "Look at the machines that serve one model together.",
+    "service": "Have a server there after every login.",
     "config": "Show, check or write the configuration.",
 }
 # Programs call these, nobody types them.

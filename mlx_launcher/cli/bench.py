@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from mlx_launcher.bench import plot as picture
 from mlx_launcher.bench.figures import Outcome, as_json
 from mlx_launcher.bench.measure import measure
 from mlx_launcher.cli.bench_table import lines
@@ -34,16 +35,21 @@ Say = Callable[[str], None]
     "--prompt-tokens", type=click.IntRange(1), default=2400, show_default=True, help="How long a first request is."
 )
 @click.option("--turns", type=click.IntRange(1, 100), default=5, show_default=True, help="How often each is measured.")
+@click.option("--plot", metavar="FILE", help="Draw the times into this .png or .svg too; needs matplotlib.")
 @model_options
 @json_option
 @click.pass_obj
-def command(app: App, /, backends: str | None, prompt_tokens: int, turns: int, **server: Any) -> Result:
+def command(
+    app: App, /, backends: str | None, prompt_tokens: int, turns: int, plot: str | None, **server: Any
+) -> Result:
     """Measure how fast the model answers on this machine.
 
     First requests, follow-ups in the same conversation, and follow-ups after a restart of the server, for each backend in turn,
     on a port and with a cache folder of their own. What runs already is left as it is.
     """
     names = _names(backends)
+    if plot is not None:
+        picture.check(Path(plot))
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(sys.stderr, quiet=app.json and not sys.stderr.isatty()))
         stack.enter_context(_one_interrupt())
@@ -63,9 +69,21 @@ def command(app: App, /, backends: str | None, prompt_tokens: int, turns: int, *
         "shared_with": shared,
         "backends": [as_json(outcome) for outcome in outcomes],
     }
+    failure = _failure(outcomes)
+    if plot is not None:
+        failure = _drawn(data, Path(plot), failure)
     heading = f"medians of {turns}, ± the middle half"
     shown = [fit(clean(f"model {model['id']}"), WIDTH), heading, "", *lines(outcomes)]
-    return Result(data, shown, _failure(outcomes))
+    return Result(data, shown, failure)
+
+
+def _drawn(data: dict[str, Any], file: Path, failure: LaunchError | None) -> LaunchError | None:
+    """Draws what was measured; what failed before goes before that the picture did."""
+    try:
+        picture.draw(data, file)
+    except LaunchError as error:
+        return failure or error
+    return failure
 
 
 def _names(written: str | None) -> list[str]:

@@ -17,14 +17,14 @@ _LABEL = 12
 
 def status_screen(status: dict[str, Any]) -> list[str]:
     """A running server on one screen. `status` is what the supervisor answers."""
-    rows = (_row(label, fit(clean(str(text)), WIDTH - _LABEL - 2)) for label, text in _rows(status))
+    rows = (row(label, fit(clean(str(text)), WIDTH - _LABEL - 2)) for label, text in _rows(status))
     return [_first_line(status), *rows]
 
 
 def failed_screen(status: dict[str, Any], log: Path, lines: int) -> list[str]:
     """A server that gave up: what it was, and the last lines of its log."""
     room = WIDTH - _LABEL - 2
-    named = [_row("model", fit(clean(status["model"]["id"]), room)), _row("log", fit(clean(str(log)), room))]
+    named = [row("model", fit(clean(status["model"]["id"]), room)), row("log", fit(clean(str(log)), room))]
     excerpt = [part for line in last_lines(log, lines) for part in _wrapped(clean(line[:1000]), WIDTH - 4)]
     return [_first_line(status), *named, *(f"  | {part}" for part in excerpt)]
 
@@ -43,11 +43,11 @@ def ready_screen(app: App, status: dict[str, Any], require_key: bool) -> list[st
     if require_key:
         curl.insert(2, '-H "Authorization: Bearer $MLX_API_KEY"')
     return [
-        _row("url", status["url"]),
-        _row("state", paint(status["state"], sys.stdout)),
-        *([_row("server", _no_server(status))] if status["state"] == "idle" else []),
+        row("url", status["url"]),
+        row("state", paint(status["state"], sys.stdout)),
+        *([row("server", _no_server(status))] if status["state"] == "idle" else []),
         *degraded_rows(app, status),
-        _row("model", clean(status["model"]["id"])),
+        row("model", clean(status["model"]["id"])),
         "",
         "Try it:",
         "  " + " \\\n    ".join(curl),
@@ -61,9 +61,9 @@ def degraded_rows(app: App, status: dict[str, Any]) -> list[str]:
     if not (rollback := status["rollback"]):
         return []
     return [
-        _row("backend", clean(f"{status['backend']} instead of {status['configured_backend']}")),
-        _row("reason", clean(rollback["reason"])),
-        _row("try again", app.typed("restart", status["port"])),
+        row("backend", clean(f"{status['backend']} instead of {status['configured_backend']}")),
+        row("reason", clean(rollback["reason"])),
+        row("try again", app.typed("restart", status["port"])),
     ]
 
 
@@ -113,7 +113,7 @@ def fit(text: str, width: int) -> str:
     if columns(text) <= width:
         return text
     front, back = (width - 3) // 3, width - 3 - (width - 3) // 3
-    return f"{_take(text, front)}...{_take(text[::-1], back)[::-1]}"
+    return f"{take(text, front)}...{take(text[::-1], back)[::-1]}"
 
 
 def columns(text: str) -> int:
@@ -122,12 +122,13 @@ def columns(text: str) -> int:
 
 
 def _wrapped(text: str, width: int) -> Iterator[str]:
-    while part := _take(text, width):
+    while part := take(text, width):
         yield part
         text = text[len(part) :]
 
 
-def _take(text: str, width: int) -> str:
+def take(text: str, width: int) -> str:
+    """As much of its beginning as `width` columns hold."""
     taken = ""
     for char in text:
         width -= _width(char)
@@ -163,6 +164,8 @@ def _rows(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "supervisor", _process(status["supervisor"])
     server = status["server"]
     yield "server", _process(server) if server else _no_server(status)
+    for rank in status.get("ranks", []):
+        yield f"rank {rank['rank']}", _rank(rank)
     if standby := status.get("standby"):
         yield "standby", f"pid {standby['pid']}, {size(standby['rss_bytes'])}, takes over after a crash"
     if server and server["restarts"]:
@@ -176,6 +179,12 @@ def _rows(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if cache := status["kv_cache"]:
         limit = f" of {size(cache['limit_bytes'])}" if cache["limit_bytes"] else ""
         yield "kv cache", f"{cache['entries']} entries, {size(cache['bytes'])}{limit}"
+        if problem := cache.get("problem"):
+            yield "kv cache", problem
+    for note in status.get("notes", []):
+        yield "note", note
+    if metrics := status.get("metrics"):
+        yield "metrics", metrics["problem"] or metrics["url"]
     if status["last_error"]:
         yield "last error", status["last_error"]
     reload = status.get("reload")
@@ -192,9 +201,16 @@ def _no_server(status: dict[str, Any]) -> str:
     return "none, the next request starts it" + (f", which took {duration(took)} last time" if took is not None else "")
 
 
+def _rank(rank: dict[str, Any]) -> str:
+    step_s = rank["last_progress_s"]
+    got_on = "" if step_s is None else f", got on {duration(step_s)} ago"
+    return f"{rank['host']}, {rank['state']}, pid {rank['pid']}, {size(rank['rss_bytes'])}{got_on}"
+
+
 def _process(process: dict[str, Any]) -> str:
     return f"pid {process['pid']}, up {duration(process['uptime_s'])}, {size(process['rss_bytes'])}"
 
 
-def _row(label: str, text: str) -> str:
+def row(label: str, text: str) -> str:
+    """One line of a screen, as wide as it gets."""
     return f"  {label:<{_LABEL}}{text}"

@@ -12,16 +12,21 @@ _LOG_LINES = 5
 
 
 @click.command("status")
+@click.option("--watch", "watching", is_flag=True, help="Show it again every second, until Ctrl-C.")
 @which_option
 @json_option
 @click.pass_obj
-def command(app: App, port: int | None) -> Result:
+def command(app: App, watching: bool, port: int | None) -> Result:
     """Show what is running and how it is doing.
 
     Exits with 3 when nothing is running, and when the server gave up; it then shows why.
     """
     instance = choose(app.state_dir, port)
     try:
+        if watching:
+            from mlx_launcher.cli.watch import watch  # what a look needs is loaded without it
+
+            return watch(app, instance)
         status = ask(instance, {"do": "status"})
     except LaunchError as error:
         last = last_status(instance)

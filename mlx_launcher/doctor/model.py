@@ -75,7 +75,10 @@ def _look(subject: Subject, settings: Settings, kind: Kind, path: Path, memory: 
         yield Check("model", "failed", f"{error.reason}. {error.hint}", _remedy(subject, error.reason))
         return
     yield _served(subject, settings, kind, model)
-    yield _size(subject, model, memory)
+    if kind.name == "cluster":
+        yield Check("memory", "skipped", "each machine of a cluster holds a part of it")
+    else:
+        yield _size(subject, model, memory)
 
 
 def _served(subject: Subject, settings: Settings, kind: Kind, model: about.Facts) -> Check:

@@ -30,7 +30,9 @@ log = logging.getLogger("mlx_launcher.host")
 TICK_S = 0.25
 PING_S = 1.0
 # What is wrong has to be named within ten seconds, whatever it is.
-SILENT_S = 8.0
+SILENT_S = 7.0
+# Ranks that wait for each other connect within milliseconds, and begin at the same moment.
+JOIN_S = 5.0
 # A link between the ranks that is cut while all of them are there: a step of a large model may take long, too.
 STUCK_S = 30.0
 # An error in a rank may only show that another has died, which is told a moment later.
@@ -73,7 +75,7 @@ class _Leader:
         self._inbox: queue.SimpleQueue[tuple[Rank | None, Message | None]] = queue.SimpleQueue()
         self._ranks: list[Rank] = []
         self._settings: Message = {}
-        self._known: Message = {}  # what has to be the same on all machines
+        self._told_by: dict[str, dict[int, Any]] = {}  # by rank, what has to be the same on all machines
         self._now = 0.0  # seconds, without the gaps
         self._looked = time.monotonic()
         self._pinged = 0.0
@@ -175,28 +177,32 @@ class _Leader:
         kind = message["type"]
         rank.state = "loading" if kind == "joined" else kind
         if kind == "imported":
-            self._require_same(rank, message, "versions", "Install the same versions on all machines")
+            self._require_same(rank, "versions", message["versions"], "Install the same versions on all machines")
             if all(rank.state == "imported" for rank in self._ranks):
                 self._activate()
         elif kind == "joining":
-            self._require_same(rank, message, "fingerprint", "Copy the model's directory from here to there")
+            hint = "Copy the model's directory from here to there"
+            self._require_same(rank, "fingerprint", message["fingerprint"], hint)
             if all(rank.state == "joining" for rank in self._ranks):
                 self._joining_s = self._now
         elif rank.number == 0 and kind == "ready":
             self._channel.send(message)
 
-    def _require_same(self, rank: Rank, message: Message, what: str, hint: str) -> None:
-        """Refuses a rank that differs from one that was heard before."""
-        mine = message[what]
-        known: Any = self._known.setdefault(what, mine)
-        if known == mine:
-            return
-        if what == "fingerprint":
-            raise _FailedError(f"{rank.name} has another model at {self._settings['model_path']}", hint, final=True)
-        others = [
-            f"{name} {mine.get(name)} instead of {known[name]}" for name in known if mine.get(name) != known[name]
-        ]
-        raise _FailedError(f"{rank.name} has other versions than the rest: {', '.join(others)}", hint, final=True)
+    def _require_same(self, rank: Rank, what: str, mine: Any, hint: str) -> None:
+        """Refuses the rank, or one that was heard before, where it differs from rank 0."""
+        told = self._told_by.setdefault(what, {})
+        told[rank.number] = mine
+        known = told.get(0, mine)
+        for number, other in told.items():
+            if other == known or 0 not in told:
+                continue
+            name = self._ranks[number].name
+            if what == "fingerprint":
+                raise _FailedError(f"{name} has another model at {self._settings['model_path']}", hint, final=True)
+            unlike = [
+                f"{key} {other.get(key)} instead of {known[key]}" for key in known if other.get(key) != known[key]
+            ]
+            raise _FailedError(f"{name} has other versions than rank 0: {', '.join(unlike)}", hint, final=True)
 
     def _activate(self) -> None:
         """All have imported: they get the model and each other's addresses at the same moment."""
@@ -232,10 +238,10 @@ class _Leader:
         for rank in self._ranks:
             if self._now - rank.told_s > SILENT_S and rank.state != "joining":
                 yield _FailedError(f"{rank.name}: {_silence(rank)} for {SILENT_S:g} s")
-        if self._joining_s is not None and self._now - self._joining_s > SILENT_S:
+        if self._joining_s is not None and self._now - self._joining_s > JOIN_S:
             missing = [rank.name for rank in self._ranks if rank.state == "joining"]
             if missing:
-                what = f"{', '.join(missing)}: no connection to the other ranks in {SILENT_S:g} s"
+                what = f"{', '.join(missing)}: no connection to the other ranks in {JOIN_S:g} s"
                 yield _FailedError(what, cluster_ring.advice(self._settings["cluster"]))
             self._joining_s = None
         yield from self._stuck()

@@ -16,6 +16,7 @@ from mlx_launcher.host.channel import Channel, Message
 State = Literal["starting", "importing", "imported", "joining", "loading", "ready"]
 # Of a line of a rank's log: longer ones are cut.
 LINE_BYTES = 8192
+SSH_FAILED = 255  # any other code is that of what ssh ran
 
 
 class Member(TypedDict):
@@ -97,7 +98,8 @@ class Rank:
         if code is None:
             return None
         if not self.member["here"] and self.exit is None:
-            return f"the ssh connection ended: {self.last_line or f'ssh exited with code {code}'}"
+            what = "the ssh connection ended" if code == SSH_FAILED else "its process there ended"
+            return f"{what}: {self.last_line or f'exit code {code}'}"
         if code < 0:
             with contextlib.suppress(ValueError):
                 return f"it was ended by {signal.Signals(-code).name}"

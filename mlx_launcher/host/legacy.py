@@ -20,6 +20,7 @@ import time
 from typing import TYPE_CHECKING, NoReturn
 
 from mlx_launcher.host.channel import Channel, Message
+from mlx_launcher.host.cluster_guard import SILENCE_S
 from mlx_launcher.host.engine import Counters, where
 from mlx_launcher.host.errors import ModelFault
 from mlx_launcher.host.logs import log_without_blocking
@@ -68,6 +69,7 @@ class _Host:
         self._service: Service | None = None
         self._reports = Reports(channel)
         self._beat_told = 0.0
+        self._unheard_s: float | None = None  # of a rank: since its leader spoke last
 
     def main(self) -> int:
         began = time.monotonic()
@@ -85,6 +87,7 @@ class _Host:
             if told in ("stop", "drain"):
                 if self._service is not None:
                     self._finish(self._service, told)
+                    self._beat()
                 return 0
             if told is not None and not isinstance(told, str):
                 self._service = told
@@ -103,6 +106,7 @@ class _Host:
             self._channel.send({"type": "imported", "versions": versions()})
             settings = self._activated.get()
             if "cluster" in settings:
+                self._unheard_s = 0.0
                 from mlx_launcher.host.cluster_load import join
 
                 join(settings["model_path"], settings["cluster"], self._channel.send)
@@ -147,6 +151,8 @@ class _Host:
             told = heard if isinstance(heard, str) else told
 
     def _on_message(self, message: Message) -> None:
+        if self._unheard_s is not None:
+            self._unheard_s = 0.0
         if message["type"] == "activate":
             self._activated.put(message["settings"])
         elif message["type"] in ("drain", "stop"):
@@ -162,6 +168,12 @@ class _Host:
         return self._counters.last_activity > self._beat_told
 
     def _beat(self) -> None:
-        self._beat_told = time.monotonic()
+        last, self._beat_told = self._beat_told, time.monotonic()
+        if self._unheard_s is not None:
+            # A machine that slept has not been left alone all that time.
+            self._unheard_s += min(self._beat_told - last, 2 * BEAT_S)
+            if self._unheard_s > SILENCE_S:
+                # A leader that stands still: its group would never look idle to the supervisor, as ranks are always busy.
+                self._orphaned()
         step_s = round(self._service.generator.still_s, 1) if self._service else None
         self._reports.beat(self._counters, None, [], step_s=step_s)

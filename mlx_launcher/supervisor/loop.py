@@ -294,7 +294,7 @@ class Supervisor:
             self._journal.note("ready", server=self._server.pid, took_s=self._record.ready(self._now))
             self._apply(self._policy.ready(self._now))
         elif kind == "dying":
-            self._record.dying = str(message.get("reason"))
+            self._policy.dying(self._record.says(message))
         elif kind == "fault":
             parts = [str(message[key]).rstrip(".") for key in ("reason", "hint") if message.get(key)]
             why = ". ".join(parts) or "the server reported a fault"

@@ -158,6 +158,11 @@ class Policy:
         """The server answers, but not with a token."""
         self._unproved = why
 
+    def dying(self, why: str) -> None:
+        """The server says that it will end by itself; what is done about it is decided when it has."""
+        if self._server == "alive" and not self.draining:
+            self.last_error = why
+
     def beat(self, now: float, beat: dict[str, Any]) -> list[Decision]:
         """A host's report of its work."""
         if self._step == "drain" and self.unloading:

@@ -21,7 +21,7 @@ class Record:
         self.beat: dict[str, Any] = {}
         self.progress: dict[str, int] | None = None
         self.last_exit: dict[str, Any] | None = None
-        self.dying: str | None = None  # why the server said that it would end by itself
+        self._dying: str | None = None  # why the server said that it would end by itself
         self.start_s: float | None = None  # how long the last start took
         self.totals = Totals()
         self.restarts: dict[Cause, int] = {}
@@ -36,7 +36,7 @@ class Record:
         self.totals.ends()
         self._begun, self._proved = True, False
         self.beat, self.progress, self._asked_at = status.between_servers(self.beat), None, now
-        self.dying = None
+        self._dying = None
 
     def hear(self, beat: dict[str, Any]) -> None:
         self.beat = beat
@@ -53,10 +53,15 @@ class Record:
         self.progress, self.start_s, self._proved = None, round(now - self._asked_at, 3), True
         return self.start_s
 
+    def says(self, message: dict[str, Any]) -> str:
+        """Why the server will end, which counts more than its code."""
+        self._dying = ". ".join(str(message[key]).rstrip(".") for key in ("reason", "hint") if message.get(key))
+        return self._dying
+
     def exits(self, code: int, asked: str | None) -> str:
         """Why it ended: what it was `asked` to end for, or else what it said itself, or else what waitpid says."""
         self.last_exit = {"at": utc_now(), **describe_exit(code)}
-        if (why := asked or self.dying) is not None:
+        if (why := asked or self._dying) is not None:
             self.last_exit["reason"] = why
         return str(self.last_exit["reason"])
 

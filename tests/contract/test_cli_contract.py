@@ -21,6 +21,7 @@ from mlx_launcher.demo import build_random
 from mlx_launcher.supervisor import status as supervisor_status
 
 PORT = 18431
+METRICS = {"content_type": "application/openmetrics-text; version=1.0.0; charset=utf-8", "text": "a 1\n# EOF\n"}
 STOPPING = {"pid": 7, "stop_timeout_s": 30.0}
 RELOAD = {"id": 1, "trigger": "restart", "state": "done", "reason": None, "hint": None, "exit": None, "changes": []}
 # docs of `status`: the keys that are always there, null or not.
@@ -72,11 +73,13 @@ class World:
             "server": {"pid": 2, "uptime_s": 4.0, "rss_bytes": 10**9, "restarts": 0, "last_exit": None},
             "standby": None,
             "start_s": 4.0,
+            "service": False,
             "listener": "owned",
             "on_fallback": False,
             "rollback": None,
             "reload": None,
             "beat": {},
+            "metrics": None,
             "events": [],
         }
         return {**supervisor_status.build(plan, seen), **changes}
@@ -90,7 +93,7 @@ class World:
         listener = self._stack.enter_context(socket.socket(socket.AF_UNIX))
         listener.bind(os.path.relpath(instance / "control.sock"))
         listener.listen()
-        answers = {"status": self.status(port, **changes), "stop": STOPPING, "restart": {"reload_id": 1}}
+        answers = {"status": self.status(port, **changes), "stop": STOPPING, "restart": {"reload_id": 1}, "metrics": METRICS}
 
         def serve() -> None:
             with contextlib.suppress(OSError):
@@ -125,7 +128,7 @@ def _wake(listener: socket.socket) -> None:
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    for name in ("MLX_API_KEY", "MLX_LAUNCH_CONFIG", "ANYCLAUDE_MODE"):
+    for name in ("MLX_API_KEY", "MLX_LAUNCH_CONFIG", "ANYCLAUDE_MODE", "XDG_CONFIG_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))  # where there is no configuration
     monkeypatch.chdir(tmp_path)
@@ -185,6 +188,8 @@ CASES: list[Case] = [
     (nothing, ["status", "--port", "9"], 3, ["not_running"]),
     (nothing, ["stop"], 0, []),
     (nothing, ["logs"], 3, ["not_running"]),
+    (nothing, ["metrics"], 3, ["not_running"]),
+    (nothing, ["status", "--watch"], 3, ["not_running"]),
     (nothing, ["restart"], 3, ["not_running"]),
     (restarted, ["restart"], 0, []),
     (refused, ["restart"], 4, ["refused"]),
@@ -203,8 +208,18 @@ CASES: list[Case] = [
     (nothing, ["start", "--model", "model", "--mode", "claude"], 1, ["nothing_to_start"]),
     (nothing, ["bench"], 2, ["usage"]),
     (nothing, ["bench", "--demo", "--backends", "mlx,"], 2, ["usage"]),
+    (nothing, ["bench", "--demo", "--plot", "bench.gif"], 2, ["usage"]),
     (nothing, ["bench", "--model", "nowhere"], 1, ["model_not_found"]),
     (nothing, ["plan"], 2, ["usage"]),
+    (nothing, ["service"], 2, ["usage"]),
+    (nothing, ["service", "status"], 3, ["not_installed"]),
+    (nothing, ["service", "status", "--port", "9"], 3, ["not_installed"]),
+    (nothing, ["service", "uninstall"], 0, []),
+    (nothing, ["service", "print"], 2, ["usage"]),
+    (nothing, ["service", "print", "--model", "model"], 0, []),
+    (nothing, ["service", "install", "--model", "model", "--mode", "nope"], 4, ["unknown_mode"]),
+    (nothing, ["service", "install", *SERVE, "--dry-run"], 0, []),
+    (ready, ["service", "install", *SERVE, "--dry-run"], 1, ["already_running"]),
     (nothing, ["config"], 2, ["usage"]),
     (nothing, ["config", "path"], 1, ["no_config"]),
     (nothing, ["config", "validate"], 1, ["no_config"]),
@@ -227,6 +242,11 @@ CASES: list[Case] = [
     (two, ["stop"], 2, ["several"]),
     (two, ["logs"], 2, ["several"]),
     (two, ["status", "--port", str(PORT)], 0, []),
+    (ready, ["metrics"], 0, []),
+    (two, ["metrics"], 2, ["several"]),
+    (stopped, ["metrics"], 3, ["not_running"]),
+    (failed, ["metrics"], 3, ["not_running"]),
+    (failed, ["status", "--watch"], 3, ["failed"]),
     (failed, ["status"], 3, ["failed"]),
     (failed, ["stop"], 0, []),
     (failed, ["logs"], 0, []),
@@ -333,6 +353,7 @@ def test_what_stop_and_logs_answer(world: World, capsys: pytest.CaptureFixture[s
     assert data("logs") == {"file": str(log), "lines": ["one", "two"]}
     events = [{"at": "2026-11-22T14:00:00Z", "event": "ready"}]
     assert data("logs", "--supervisor") == {"file": str(journal), "events": events}
+    assert data("metrics") == METRICS
     assert data("stop") == {"stopped": True, "pid": 7}
     assert data("stop") == {"stopped": False, "pid": None}
 

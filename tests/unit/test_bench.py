@@ -1,14 +1,17 @@
 """`mlx-launch bench` without a server: prompts of a length, what is asked in which order, figures and the table."""
 
 import http.server
+import importlib.util
 import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlx_launcher.bench import plot
 from mlx_launcher.bench.client import Address, Answer, Message, ask
 from mlx_launcher.bench.figures import Outcome, Spread, Stored, as_json
 from mlx_launcher.bench.measure import Measured, measure
@@ -232,3 +235,75 @@ def test_an_error_is_told_in_the_servers_words(
 def test_nobody_there_is_an_error(canned: Callable[..., tuple[Address, list[Any]]]) -> None:
     with pytest.raises(LaunchError, match="broke off"):
         ask(Address("127.0.0.1", 1, "m"), [], 1)
+
+
+def a_spread(median: float) -> dict[str, Any]:
+    return {"median": median, "low": median * 0.9, "high": median * 1.1, "values": [median]}
+
+
+def a_backend(name: str, first: float, follow_up: float, after_restart: float | None) -> dict[str, Any]:
+    return {
+        "name": name,
+        "ok": True,
+        "prompt_tokens": a_spread(2404),
+        "first_request_s": a_spread(first),
+        "follow_up_s": a_spread(follow_up),
+        "after_restart_s": after_restart and a_spread(after_restart),
+    }
+
+
+def a_table(*backends: dict[str, Any]) -> dict[str, Any]:
+    model = {"id": "/home/somebody/models/Qwen3-4B", "path": "/home/somebody/models/Qwen3-4B"}
+    return {"model": model, "prompt_tokens": 2400, "turns": 5, "backends": list(backends)}
+
+
+def test_the_picture_has_the_figures_of_the_table_and_no_path(tmp_path: Path) -> None:
+    failed = {"name": "broken", "ok": False, "prompt_tokens": None}
+    file = tmp_path / "bench.svg"
+    plot.check(file)
+    plot.draw(a_table(a_backend("mlx", 12.4, 0.34, 0.41), a_backend("mlx-legacy", 12.9, 0.5, None), failed), file)
+    text = file.read_text()
+    for shown in (
+        "12.4 s",
+        "0.34 s",
+        "0.41 s",
+        "12.9 s",
+        "0.5 s",
+        "mlx-legacy",
+        "Qwen3-4B",
+        "2,404 tokens",
+        "first request",
+    ):
+        assert shown in text
+    assert "somebody" not in text
+    assert "broken" not in text
+
+
+@pytest.mark.parametrize("times", [(0.0004, 0.0003, 0.0005), (3.0, 2.9, 3.1), (9000.0, 0.01, 0.02)])
+def test_any_times_make_a_picture_of_twice_a_readmes_width(tmp_path: Path, times: tuple[float, float, float]) -> None:
+    file = tmp_path / "bench.png"
+    plot.draw(a_table(*(a_backend(f"backend-{number}", *times) for number in range(8))), file)
+    header = file.read_bytes()[:24]
+    assert header.startswith(b"\x89PNG")
+    assert int.from_bytes(header[16:20], "big") == 1600
+
+
+def test_what_cannot_become_a_picture_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(LaunchError, match=r"\.png or \.svg") as refused:
+        plot.check(tmp_path / "bench.gif")
+    assert refused.value.exit_code == 2
+    with pytest.raises(LaunchError, match="no directory"):
+        plot.check(tmp_path / "missing" / "bench.png")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(LaunchError, match="matplotlib") as refused:
+        plot.check(tmp_path / "bench.png")
+    assert "-m pip install" in refused.value.hint
+    with pytest.raises(LaunchError, match="no backend"):
+        plot.draw(a_table(), tmp_path / "bench.png")
+
+
+def test_a_picture_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="cannot be written"):
+        plot.draw(a_table(a_backend("mlx", 1.0, 1.0, 1.0)), tmp_path / "missing" / "bench.png")

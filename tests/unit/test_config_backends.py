@@ -72,10 +72,15 @@ def test_the_files_values_reach_the_plan(configured: Configured) -> None:
         idleTimeout="1h",
         restart={"maxRestarts": 1, "window": "1m", "backoff": "1s", "backoffMax": "2s"},
         cache={
-            **{"enable_cache": False, "cache_slots": 5, "min_tokens_for_cache": 7, "dir": "kv"},
-            **{"memoryBytes": "2GB", "maxBytes": "40GB"},
+            "enable_cache": False,
+            "cache_slots": 5,
+            "min_tokens_for_cache": 7,
+            "dir": "kv",
+            "memoryBytes": "2GB",
+            "maxBytes": "40GB",
         },
         warmup={"promptFiles": ["prompts/first.json", "/second.json"]},
+        metricsPort=9090,
     )
     assert (plan["port"], plan["hosts"], plan["url"]) == (8099, ["127.0.0.2"], "http://127.0.0.2:8099/v1")
     assert plan["restart"] == {"max_restarts": 1, "window_s": 60, "backoff_s": 1, "backoff_max_s": 2}
@@ -84,11 +89,18 @@ def test_the_files_values_reach_the_plan(configured: Configured) -> None:
     settings = plan["backend"]["settings"]
     assert (settings["api_key"], settings["require_key"], settings["accept_any_model"]) == ("k", True, False)
     assert settings["max_queue"] == 3
+    assert plan["metrics_port"] == 9090
     directory = str(configured.directory / "kv")
     cache = {"enabled": False, "dir": directory, "slots": 5, "min_tokens": 7}
     assert settings["cache"] == {**cache, "memory_bytes": 2_000_000_000, "max_bytes": 40_000_000_000}
     assert settings["warmup"] == [str(configured.directory / "prompts" / "first.json"), "/second.json"]
     assert plan["backend"]["env"]["A"] == "b"
+
+
+def test_the_metrics_have_a_port_of_their_own(configured: Configured) -> None:
+    with pytest.raises(LaunchError, match=r"metricsPort: 8099 is the port of the server itself") as refused:
+        configured.plan(port=8099, metricsPort=8099)
+    assert refused.value.exit_code == 4
 
 
 def test_the_clients_name_for_the_model_is_its_id(configured: Configured) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_launcher.config.document import nothing, read
 from mlx_launcher.config.layers import DEFAULTS, Flags, Settings, settle
-from mlx_launcher.config.schema import Block
+from mlx_launcher.config.schema import Cluster
 from mlx_launcher.config.show import MASK, rows
 from mlx_launcher.errors import LaunchError
 
@@ -36,7 +36,7 @@ def test_without_anything_the_defaults_hold(tmp_path: Path) -> None:
 
 def test_every_value_has_a_key_in_the_file() -> None:
     for key in DEFAULTS:
-        assert key == "pythonVenv" or key.split(".")[0] in Block.model_fields
+        assert key == "pythonVenv" or key.split(".")[0] in Cluster.model_fields
 
 
 def test_file_environment_and_flags_in_that_order(file: Path) -> None:
@@ -137,7 +137,6 @@ def test_which_block_is_meant(
         ("mlx", {"backends": {"mlx-textgen": {}, "vllm-mlx": {}}}, "ambiguous_mode", 4),
         ("claude", {}, "nothing_to_start", 1),
         ("openrouter", {}, "nothing_to_start", 1),
-        ("mlx-cluster", {}, "nothing_to_start", 1),
         ("lmstudio", {"backends": {"lmstudio": {"model": "current-model"}}}, "nothing_to_start", 1),
         (None, {"backend": 7}, "config_invalid", 4),
         (None, {"backends": []}, "config_invalid", 4),

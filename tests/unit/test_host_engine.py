@@ -28,7 +28,14 @@ SETTINGS: Settings = {
     "max_body_bytes": 2000,
     "prefill_batch": 512,
     "warmup": [],
-    "cache": {"enabled": False, "dir": "/nowhere", "slots": 1, "min_tokens": 1, "memory_bytes": None, "max_bytes": None},
+    "cache": {
+        "enabled": False,
+        "dir": "/nowhere",
+        "slots": 1,
+        "min_tokens": 1,
+        "memory_bytes": None,
+        "max_bytes": None,
+    },
 }
 
 
@@ -108,6 +115,11 @@ CHAT = "/v1/chat/completions"
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
+def ended(app: App) -> dict[str, int]:
+    """How the requests for an answer ended so far."""
+    return {name: count for name, count in app._engine.counters.timings.told()["answers"].items() if count}
+
+
 @pytest.fixture
 def runtime() -> Scripted:
     return Scripted()
@@ -149,6 +161,7 @@ def test_requests_beyond_the_queue_are_told_to_come_back_and_the_others_are_answ
     answers = asyncio.run(crowd())
     assert [status for status, _, _ in answers] == [200, 200, 200, 429, 429]
     assert answers[-1][1]["retry-after"] == "1"
+    assert ended(app) == {"ok": 3, "queue_full": 2}
 
 
 def test_a_client_that_leaves_ends_its_work_and_one_that_left_while_it_waited_is_never_begun(
@@ -168,6 +181,7 @@ def test_a_client_that_leaves_ends_its_work_and_one_that_left_while_it_waited_is
         await asyncio.gather(first, second)
 
     asyncio.run(asyncio.wait_for(leave(), 10))
+    assert ended(app) == {"cancelled": 2}
     runtime.gate.set()
     assert asyncio.run(ask(app, CHAT, HELLO))[0] == 200
     assert runtime.begun.qsize() == 2
@@ -189,6 +203,7 @@ def test_a_stop_ends_what_is_in_flight_and_says_so(app: App, runtime: Scripted) 
     status, _, body = asyncio.run(asyncio.wait_for(stop(True), 10))
     last = body.decode().split("\n\n")[-2]
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stopping"
+    assert ended(app) == {"cancelled": 2}
     assert b"[DONE]" not in body
 
 
@@ -204,6 +219,7 @@ def test_a_failing_engine_is_a_500_before_the_stream_and_an_event_within_it(app:
     assert body.count(b'"engine_error"') == 1
     runtime.failure = None
     assert asyncio.run(ask(app, CHAT, HELLO))[0] == 200
+    assert ended(app) == {"ok": 1, "server_error": 2}
 
 
 def test_a_stream_that_waits_is_kept_alive_by_comments(

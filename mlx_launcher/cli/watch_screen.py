@@ -1,0 +1,113 @@
+"""One picture of `mlx-launch status --watch`: what a status looks like while it changes."""
+
+import calendar
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from mlx_launcher.cli.logs import event_line
+from mlx_launcher.cli.output import clean
+from mlx_launcher.cli.progress import moving_line
+from mlx_launcher.cli.screen import columns, duration, fit, row, size, take
+
+# Tokens a second are those of so many looks, which come once a second as the beats do: of fewer they would jump.
+_LOOKS = 4
+
+
+class Rate:
+    """Tokens a second just now, from how many there were at each look."""
+
+    def __init__(self) -> None:
+        self._looks: deque[tuple[float, int]] = deque(maxlen=_LOOKS)
+
+    def seen(self, now: float, status: dict[str, Any]) -> float | None:
+        """None before there are two looks at one server. `now` is in seconds on any clock that does not jump."""
+        tokens = int(status["activity"]["completion_tokens"])
+        if self._looks and tokens < self._looks[-1][1]:
+            self._looks.clear()
+        self._looks.append((now, tokens))
+        (then, before), (_, after) = self._looks[0], self._looks[-1]
+        return (after - before) / (now - then) if now > then else None
+
+
+def picture(
+    status: dict[str, Any], rate: float | None, at: float, width: int, height: int, trouble: str | None = None
+) -> list[str]:
+    """At most `height` lines of at most `width` columns; the first begins with the port and the state. `at` is time.time(),
+    `trouble` why the status is not a new one.
+    """
+    clock = time.strftime("%H:%M:%S", time.localtime(at))
+    head = f"{_headline(status):<{max(0, width - len(clock) - 1)}} {clock}"
+    lines = [
+        head,
+        *([f"  {clean(trouble)}"] if trouble else []),
+        *(row(label, clean(text)) for label, text in _rows(status, rate)),
+    ]
+    events = [_event(event, at) for event in reversed(status["events"])]
+    lines += ["", "  last events", *events] if events else []
+    return [line if columns(line) <= width else take(line, width - 3) + "..." for line in lines[:height]]
+
+
+def _headline(status: dict[str, Any]) -> str:
+    doing = "draining" if status["draining"] else status["phase"]
+    return f"port {status['port']}: {status['state']}{f' ({doing})' if doing else ''}"
+
+
+def _rows(status: dict[str, Any], rate: float | None) -> Iterator[tuple[str, str]]:
+    yield "model", fit(status["model"]["id"], 60)
+    backend, configured = status["backend"], status["configured_backend"]
+    yield "backend", backend if backend == configured else f"{backend} instead of {configured}"
+    yield "progress", _progress(status)
+    did, speed = status["activity"], status.get("speed", {})
+    yield "requests", f"{did['in_flight']} in flight, {did['queued']} queued, {did['requests']:,} done"
+    rates = (rate, "now"), (speed.get("last_minute_tokens_per_s"), "in the last minute")
+    yield "tokens/s", ", ".join(f"{_short(value)} {what}" for value, what in rates)
+    waits = (speed.get("first_token_cold_s"), "cold"), (speed.get("first_token_warm_s"), "warm")
+    yield "first token", ", ".join(f"{_seconds(value)} {what}" for value, what in waits) + ", the queue included"
+    yield "cache", _cache(status)
+    yield "memory", _memory(status)
+    if problem := status["kv_cache"].get("problem"):
+        yield "kv cache", problem
+    for note in status["notes"]:
+        yield "note", note
+    if status["last_error"]:
+        yield "last error", status["last_error"]
+
+
+def _progress(status: dict[str, Any]) -> str:
+    server = status["server"]
+    if not status["phase"] or not server:
+        return f"up {duration(server['uptime_s'])}" if server else "nothing is loaded"
+    return moving_line(status["phase"], status["progress"], server["uptime_s"])
+
+
+def _cache(status: dict[str, Any]) -> str:
+    did, cache = status["activity"], status["kv_cache"]
+    share = f"{did['cached_tokens'] / did['prompt_tokens']:.0%}".replace("%", " %") if did["prompt_tokens"] else "-"
+    parts = [f"{share} of the prompts' tokens", f"{cache['entries']:,} entries"]
+    parts.append(size(cache["bytes"]) + (f" of {size(cache['limit_bytes'])}" if cache["limit_bytes"] else ""))
+    return ", ".join([*parts, *([f"{size(cache['memory_bytes'])} in memory"] if cache.get("memory_bytes") else [])])
+
+
+def _memory(status: dict[str, Any]) -> str:
+    processes = ((name, status.get(name)) for name in ("server", "standby", "supervisor"))
+    return ", ".join(f"{name} {size(process['rss_bytes'])}" for name, process in processes if process)
+
+
+def _event(event: dict[str, Any], at: float) -> str:
+    try:
+        age = duration(max(0.0, at - calendar.timegm(time.strptime(str(event.get("at")), "%Y-%m-%dT%H:%M:%SZ"))))
+    except ValueError:
+        age = "?"
+    return f"  {age:>12}  {event_line({**event, 'at': ''})}"
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if 0 < value < 1 else f"{value:.1f}" if 0 < value < 10 else f"{value:,.0f}"
+
+
+def _seconds(value: float | None) -> str:
+    return duration(value) if value is not None and value >= 60 else f"{_short(value)} s" if value is not None else "-"
