@@ -264,8 +264,9 @@ class _Leader:
             self._symptom = self._now, f"{rank.name}: {fault['reason']}"
         since, what = self._symptom
         if self._now > since + SYMPTOM_S:
-            ready = all(rank.state == "ready" for rank in self._ranks)
-            yield _FailedError(what, fault.get("hint", ""), final=not ready)
+            # What could not be joined may be there at the next try: a port that is still held, a rank that was late.
+            again = rank.state == "joining" or all(other.state == "ready" for other in self._ranks)
+            yield _FailedError(what, fault.get("hint", ""), final=not again)
 
     def _hear_the_rest(self) -> None:
         """What a rank said before it ended may still be on its way through the inbox."""

@@ -102,29 +102,30 @@ class KVStates:
     def evict(self) -> None:
         """Takes out of memory what is too much for it, once it is written."""
         while sum(hot.size for hot in self._hot) > self._memory_bytes and self._hot:
-            self._flush(self._hot[0])
+            self._write_all(self._hot[0], MIN_NEW)
             del self._hot[0]
 
-    def save(self, *, everything: bool = False) -> float | None:
-        """Writes at most one piece of what is only in memory; seconds until there is more to do, None for nothing more.
-
-        `everything`: also what would be waited with, because the server ends.
-        """
-        if self._store is None:
-            return None
+    def save(self) -> float | None:
+        """Writes at most one piece of what is only in memory; seconds until there is more to do, None for nothing more."""
         now = time.monotonic()
-        if now < self._retry_at:
-            return None if everything else self._retry_at - now
+        if self._store is None or now < self._retry_at:
+            return None if self._store is None else self._retry_at - now
         rest = None
-        for hot in reversed(self._hot):
-            if hot.saved and not (everything and is_plain(hot.state)):
+        for hot in self._hot:
+            if hot.saved:
                 continue
-            wait = 0.0 if everything or is_plain(hot.state) else hot.kept_at + REST_S - now
+            wait = 0.0 if is_plain(hot.state) else hot.kept_at + REST_S - now
             if wait > 0:
                 rest = min(wait, rest or wait)
-            elif self._write(hot, 1 if everything else MIN_NEW):
+            elif self._write(hot, MIN_NEW):
                 return 0.0
         return rest
+
+    def flush(self) -> None:
+        """Writes all that is only in memory, as far as there are places on disk for it: the server ends."""
+        slots = self._store.limits.slots if self._store else 0
+        for hot in self._hot[-slots:] if slots else []:
+            self._write_all(hot, 1)
 
     def summary(self) -> dict[str, Any] | None:
         """What `status` shows."""
@@ -177,10 +178,9 @@ class KVStates:
         log.warning("a KV cache entry cannot be read and is set aside: %s: %s", broken.path.name, error)
         store.set_aside(broken)
 
-    def _flush(self, hot: _Hot) -> None:
-        """Before a state leaves the memory."""
-        while self._store and not hot.saved and time.monotonic() >= self._retry_at:
-            self._write(hot, MIN_NEW)
+    def _write_all(self, hot: _Hot, min_new: int) -> None:
+        while time.monotonic() >= self._retry_at and self._write(hot, min_new):
+            pass
 
     def _write(self, hot: _Hot, min_new: int) -> bool:
         """Writes one piece; False where nothing was left to write, or it could not be."""

@@ -110,8 +110,7 @@ class Textgen:
         return 0.0
 
     def flush(self) -> None:
-        while self._states.save(everything=True) is not None:
-            pass
+        self._states.flush()
 
     def generate(self, request: Generation, cancelled: threading.Event, counters: Counters) -> Iterator[events.Event]:
         prompts = self._prompts(request)

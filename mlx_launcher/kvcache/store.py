@@ -106,9 +106,12 @@ class Store:
         return Match(segment, usable)
 
     def held(self, tokens: Sequence[int]) -> Match | None:
-        """The line that a further segment of these tokens goes on from: it holds the first `usable` of them."""
+        """The line that a further segment of these tokens goes on from: it holds the first `usable` of them.
+
+        None where they share so little that keeping the one for the other's sake would cost more than it saves.
+        """
         segment, shared = self._tree.longest(pack(tokens))
-        return Match(segment, shared) if segment else None
+        return Match(segment, shared) if segment and shared >= self.limits.min_tokens else None
 
     def has_whole(self, tokens: Sequence[int]) -> bool:
         wanted = pack(tokens)

@@ -1,5 +1,6 @@
 """Several ranks on this machine: all of it but ssh and the network."""
 
+import contextlib
 import json
 import os
 import signal
@@ -46,13 +47,17 @@ def test_served_as_one_machine_would(
     assert [(row["rank"], row["host"], row["state"]) for row in status["ranks"]] == [
         (number, "127.0.0.1", "ready") for number in range(count)
     ]
-    assert all(row["rss_bytes"] > 1e7 and row["last_progress_s"] < 5 for row in status["ranks"])
+    until(lambda: all(map(gets_on, served.status()["ranks"])), 10, "ranks that get on")
     assert strategy in "".join(json.loads(served.command("plan", "--json").stdout)["data"]["notes"])
     assert answers(served) == answers(served) == expected(path)
     assert served.command("restart").returncode == 0
     assert answers(served) == expected(path)
     assert served.command("stop").returncode == 0
     assert served.processes() == []
+
+
+def gets_on(row: dict[str, Any]) -> bool:
+    return row["rss_bytes"] > 1e7 and row["last_progress_s"] is not None and row["last_progress_s"] < 5
 
 
 def test_an_agents_loop_through_the_openai_client(cluster: Start, llama: Path, tmp_path: Path) -> None:
@@ -147,8 +152,10 @@ def test_one_of_four_dies_in_the_middle_of_an_answer(cluster: Start, qwen2: Path
     began = time.monotonic()
     served.rank(2).kill()
     served.named("SIGKILL of rank 2 of 4, in an answer", "rank 2", began)
-    with pytest.raises((openai.APIError, OSError, Exception), match=r".+"):
-        list(chunks)
+    ends: list[Any] = []
+    with contextlib.suppress(openai.APIError, OSError):
+        ends = [choice.finish_reason for chunk in chunks for choice in chunk.choices if choice.finish_reason]
+    assert ends == []
     served.ready(after=before["server"]["pid"])
     assert answers(served) == expected(qwen2)
 

@@ -260,7 +260,9 @@ def test_the_ranks_cannot_reach_each_other(machines: Machines, llama: Path, tmp_
     try:
         assert served.command("start", "--no-wait", "--port", str(served.port)).returncode == 0
         began = time.monotonic()
-        until(lambda: "no connection to the other ranks" in json.dumps(served.last()), 30, "the name of what is missing")
+        until(
+            lambda: "no connection to the other ranks" in json.dumps(served.last()), 30, "the name of what is missing"
+        )
         served.note("MLX's ports blocked, from the first import on", began)
     finally:
         run(*["del" if word == "add" else word for word in route])

@@ -144,6 +144,16 @@ def test_two_conversations_that_begin_alike_do_not_cost_each_other(random_model:
     assert (again.text, again.cached) == (one.text, one.json["usage"]["prompt_tokens"] - 1)
 
 
+def test_more_conversations_in_memory_than_places_on_disk_end_in_good_order(
+    random_model: Path, directory: Path
+) -> None:
+    with Host(random_model, free_port(), directory, cache={"slots": 2}) as host:
+        for seed in range(5):
+            assert chat(host.port, prose(seed, 200), max_tokens=40).status == 200
+    with Host(random_model, free_port(), directory, cache={"slots": 2, "memory_bytes": 0}) as host:
+        assert [chat(host.port, prose(seed, 200), max_tokens=2).cached > 200 for seed in (3, 4)] == [True, True]
+
+
 def test_the_answer_is_out_before_a_byte_is_written(random_model: Path, directory: Path) -> None:
     def more_than(count: int) -> bool:
         return len(entries(directory)) > count

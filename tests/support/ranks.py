@@ -1,5 +1,8 @@
 """A cluster's server process without a supervisor, and programs that stand in for ssh."""
 
+import contextlib
+import random
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,15 @@ from support.waiting import free_port
 
 # What is asked of the other machine is its last word.
 THROUGH = '#!/bin/sh\nfor word; do :; done\nexec sh -c "$word"\n'
+
+
+def two_ports() -> int:
+    """A port that is free with the next one, below those that the system gives to others meanwhile."""
+    while True:
+        port = random.randrange(20000, 32000)
+        both = (("127.0.0.1", port), ("127.0.0.1", port + 1))
+        with contextlib.suppress(OSError), socket.create_server(both[0]), socket.create_server(both[1]):
+            return port
 
 
 def program(directory: Path, text: str) -> str:
@@ -27,7 +39,7 @@ def cluster_host(model: Path, directory: Path, ssh: str, **cluster: Any) -> Host
         ],
         "strategy": "tensor",
         "link": "ring",
-        "port": free_port(),
+        "port": two_ports(),
         "ssh": [ssh],
         "python": sys.executable,
         "env": [],
