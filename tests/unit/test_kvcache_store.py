@@ -277,3 +277,11 @@ def test_any_conversations_match_as_a_plain_list_of_them_would(
         assert (match.usable if match else 0) == best
         line = match.segment.line() if match else []
         assert all(child.start <= parent.end for parent, child in itertools.pairwise(line))
+
+
+def test_a_handful_of_shared_tokens_makes_no_line_depend_on_another(directory: Path) -> None:
+    store = Store(directory, Limits(slots=2, min_tokens=100, max_bytes=1 << 40))
+    for number in range(4):
+        kept(store, [*range(50), *([number] * 200)])
+    assert all(segment.parent is None for segment in store.segments())
+    assert [usable(store, [*range(50), *([number] * 201)]) for number in range(4)] == [0, 0, 250, 250]
