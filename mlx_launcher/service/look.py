@@ -50,6 +50,11 @@ def reach(manager: Manager) -> tuple[bool, str]:
     return done.code == 0, done.error.splitlines()[0] if done.error else f"{manager.reachable()[0]} failed"
 
 
+def _is_same(one: str, other: str) -> bool:
+    """Whether both are the interpreter of one environment, which may be called python and python3 there."""
+    return Path(one).parent == Path(other).parent and Path(one).samefile(other)
+
+
 def outdated(manager: Manager, there: Installed, program: Sequence[str]) -> str | None:
     """Why its file is not what this version would write for the same options; None where it is. `program` is how we are run."""
     if there.service is None:
@@ -57,7 +62,7 @@ def outdated(manager: Manager, there: Installed, program: Sequence[str]) -> str 
     command = there.service.command
     if not Path(command[0]).exists():
         return f"its interpreter is gone: {command[0]}"
-    if command[: len(program)] != tuple(program):
+    if not _is_same(command[0], program[0]) or command[1 : len(program)] != tuple(program[1:]):
         return f"it runs another installation: {command[0]}"
     if manager.text(there.service) != there.text:
         return "it was written by another version, or changed by hand"

@@ -93,7 +93,12 @@ class World:
         listener = self._stack.enter_context(socket.socket(socket.AF_UNIX))
         listener.bind(os.path.relpath(instance / "control.sock"))
         listener.listen()
-        answers = {"status": self.status(port, **changes), "stop": STOPPING, "restart": {"reload_id": 1}, "metrics": METRICS}
+        answers = {
+            "status": self.status(port, **changes),
+            "stop": STOPPING,
+            "restart": {"reload_id": 1},
+            "metrics": METRICS,
+        }
 
         def serve() -> None:
             with contextlib.suppress(OSError):
