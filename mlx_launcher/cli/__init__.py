@@ -1,6 +1,5 @@
 """The command `mlx-launch`: one module per command, loaded when it is asked for, so that `--help` and `status` stay light."""
 
-import importlib
 import io
 import os
 import sys
@@ -10,6 +9,7 @@ from typing import NoReturn
 import click
 
 from mlx_launcher import __version__
+from mlx_launcher.cli.groups import Table
 from mlx_launcher.cli.output import EXIT_INTERRUPTED, App, Result, abandon_stdout, internal_error, render
 from mlx_launcher.errors import EXIT_USAGE, LaunchError
 
@@ -34,25 +34,16 @@ COMMANDS = {
 HIDDEN = ("plan",)
 
 
-class _Commands(click.Group):
-    """Lists the commands from the table above and imports one only to run it."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS and cmd_name not in HIDDEN:
-            return None
-        command = importlib.import_module(f"{__name__}.{cmd_name}").command
-        assert isinstance(command, click.Command)  # noqa: S101
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+_MODULES = {name: f"{__name__}.{name}" for name in (*COMMANDS, *HIDDEN)}
 
 
-@click.group(cls=_Commands, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Table,
+    table=COMMANDS,
+    modules=_MODULES,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, message="mlx-launch %(version)s")
 @click.option("--config", metavar="FILE", help="The configuration file. [default: .anyclauderc.json, here or at home]")
 @click.option("--no-config", is_flag=True, help="Read no configuration file.")

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from mlx_launcher.cli.configured import document_in_force
+from mlx_launcher.cli.groups import Table
 from mlx_launcher.cli.options import json_option
 from mlx_launcher.cli.output import App, Result, clean
 from mlx_launcher.cli.screen import WIDTH, columns, duration, fit, size
@@ -27,16 +28,7 @@ _COMMANDS = {
 }
 
 
-class _Commands(click.Group):
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
-
-
-@click.group("cache", cls=_Commands, no_args_is_help=False)
+@click.group("cache", cls=Table, table=_COMMANDS, no_args_is_help=False)
 def command() -> None:
     """Look after the KV cache on disk.
 

@@ -14,8 +14,8 @@ import click
 from mlx_launcher.backends import cluster as machines
 from mlx_launcher.backends.models import find_model, no_model
 from mlx_launcher.backends.serving import Caller
-from mlx_launcher.cli.cluster_size import command as size_
 from mlx_launcher.cli.configured import current_directory, document_in_force
+from mlx_launcher.cli.groups import Table
 from mlx_launcher.cli.options import json_option, model_options
 from mlx_launcher.cli.output import App, Result, clean
 from mlx_launcher.config.layers import Flags, Settings, settle
@@ -34,12 +34,18 @@ class Check(NamedTuple):
     hint: str = ""
 
 
-@click.group("cluster", no_args_is_help=False)
+@click.group(
+    "cluster",
+    cls=Table,
+    table={
+        "check": "Check each machine, with the remedy of whatever is wrong.",
+        "size": "Compute what each machine needs, and what bounds its speed.",
+    },
+    modules={"size": "mlx_launcher.cli.cluster_size"},
+    no_args_is_help=False,
+)
 def command() -> None:
     """Look at the machines that serve one model together."""
-
-
-command.add_command(size_, "size")
 
 
 @command.command("check")

@@ -1,6 +1,5 @@
 """`mlx-launch config`: what is in force and where it came from, what is wrong with it, and a first file."""
 
-import importlib
 import json
 import os
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import click
 
 from mlx_launcher.cli.configured import current_directory, document_in_force, file_in_force
+from mlx_launcher.cli.groups import Table
 from mlx_launcher.cli.options import json_option, server_options
 from mlx_launcher.cli.output import App, Result
 from mlx_launcher.config import document
@@ -23,25 +23,9 @@ _COMMANDS = {
 }
 
 
-class _Commands(click.Group):
-    """`init` alone is in a module of its own."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name == "init":
-            command = importlib.import_module("mlx_launcher.cli.config_init").command
-            assert isinstance(command, click.Command)  # noqa: S101
-            return command
-        return super().get_command(ctx, cmd_name)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
-
-
-@click.group("config", cls=_Commands, no_args_is_help=False)
+@click.group(
+    "config", cls=Table, table=_COMMANDS, modules={"init": "mlx_launcher.cli.config_init"}, no_args_is_help=False
+)
 def command() -> None:
     """Show, check or write the configuration file."""
 

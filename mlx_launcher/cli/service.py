@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mlx_launcher.cli.configured import current_directory
+from mlx_launcher.cli.groups import Table
 from mlx_launcher.cli.instances import ask, is_locked, last_status
 from mlx_launcher.cli.launch import document_to_serve, make_plan, option_words, show_notes
 from mlx_launcher.cli.options import json_option, server_options, which_option
@@ -31,16 +32,7 @@ _COMMANDS = {
 }
 
 
-class _Commands(click.Group):
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
-
-
-@click.group("service", cls=_Commands, no_args_is_help=False)
+@click.group("service", cls=Table, table=_COMMANDS, no_args_is_help=False)
 def command() -> None:
     """A server that is there after every login: a systemd user unit on Linux, a launchd agent on macOS.
 

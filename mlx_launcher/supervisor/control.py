@@ -1,6 +1,6 @@
 """The control socket, both ends: one JSON line in, one JSON line out, then the supervisor closes.
 
-Imports nothing of the rest of the supervisor, so that a command which only asks for the status stays small.
+Imports next to nothing of the rest of the supervisor, so that a command which only asks for the status stays small.
 """
 
 # No pathlib: it costs 1 MiB in a process that lives for weeks.
@@ -16,11 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 from mlx_launcher.errors import EXIT_NOT_RUNNING, LaunchError
+from mlx_launcher.supervisor.clients import Clients
 
 SOCKET_NAME = "control.sock"
 MAX_REQUEST = 65536
 MAX_CLIENTS = 32
-CLIENT_S = 5.0  # to send the request, and again to take the answer
 
 # sun_path holds 104 bytes on macOS and 108 on Linux, with the final zero.
 _MAX_PATH = 103
@@ -105,15 +105,15 @@ def error_answer(code: str, message: str, hint: str = "") -> Answer:
 class ControlServer:
     """Listens in the working directory, which must be the instance's. Calls `handle` for each request, in the loop.
 
-    A file that a killed supervisor left is replaced: whoever holds the lock owns the name. No client can hold up another one:
-    when there are too many, the oldest, which has had its chance, is dropped. Only our own user's clients, and root's, are heard.
-    Raises OSError when it cannot listen.
+    A file that a killed supervisor left is replaced: whoever holds the lock owns the name. Only our own user's clients, and
+    root's, are heard. Raises OSError when it cannot listen.
     """
 
     def __init__(self, selector: selectors.BaseSelector, handle: Callable[[dict[str, Any]], Answer]) -> None:
         self._selector = selector
         self._handle = handle
-        self._clients: dict[_Client, None] = {}  # oldest first
+        self._clients = Clients(selector, self._answer, MAX_CLIENTS, MAX_REQUEST)
+        self.expire = self._clients.expire
         with contextlib.suppress(FileNotFoundError):
             os.unlink(SOCKET_NAME)
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -123,67 +123,21 @@ class ControlServer:
         self._sock.setblocking(False)
         selector.register(self._sock, selectors.EVENT_READ, self._on_connect)
 
-    def expire(self, now: float) -> None:
-        """Drops the clients that took too long. `now` is time.monotonic()."""
-        for client in [c for c in self._clients if now >= c.deadline]:
-            self._drop(client)
-
     def close(self) -> None:
-        for client in list(self._clients):
-            self._drop(client)
+        self._clients.close()
         self._selector.unregister(self._sock)
         self._sock.close()
         with contextlib.suppress(OSError):
             os.unlink(SOCKET_NAME)
 
     def _on_connect(self, _mask: int) -> None:
-        from mlx_launcher import system  # here, because a command has no use for it
+        self._clients.accept(self._sock, _is_ours)
 
-        try:
-            sock, _ = self._sock.accept()
-        except BlockingIOError:
-            return
-        except OSError:  # out of descriptors, or a client that is already gone
-            if self._clients:
-                self._drop(next(iter(self._clients)))
-            return
-        if system.peer_uid(sock) not in (os.geteuid(), 0):
-            _turn_away(sock)
-            return
-        if len(self._clients) >= MAX_CLIENTS:
-            self._drop(next(iter(self._clients)))
-        sock.setblocking(False)
-        client = _Client(sock)
-        self._clients[client] = None
-        self._selector.register(sock, selectors.EVENT_READ, lambda mask: self._on_client(client))
-
-    def _on_client(self, client: "_Client") -> None:
-        if client not in self._clients:  # dropped by an earlier event of the same round
-            return
-        try:
-            if client.answer is None:
-                self._read(client)
-            if client.answer is not None:
-                client.answer = client.answer[client.sock.send(client.answer) :]
-                if not client.answer:
-                    self._drop(client)
-        except BlockingIOError:
-            return
-        except OSError:
-            self._drop(client)
-
-    def _read(self, client: "_Client") -> None:
-        data = client.sock.recv(MAX_REQUEST)
-        if not data:
-            self._drop(client)
-            return
-        client.request += data
-        line, newline, _ = client.request.partition(b"\n")
-        if not newline and len(client.request) <= MAX_REQUEST:
-            return
-        client.answer = json.dumps(self._respond(line)).encode() + b"\n"
-        client.deadline = time.monotonic() + CLIENT_S
-        self._selector.modify(client.sock, selectors.EVENT_WRITE, lambda mask: self._on_client(client))
+    def _answer(self, request: bytes) -> bytes | None:
+        line, newline, _ = request.partition(b"\n")
+        if not newline and len(request) <= MAX_REQUEST:
+            return None
+        return json.dumps(self._respond(line)).encode() + b"\n"
 
     def _respond(self, line: bytes) -> Answer:
         if len(line) > MAX_REQUEST:
@@ -196,24 +150,16 @@ class ControlServer:
             return error_answer("bad_request", "a request is one line with one JSON object")
         return self._handle(request)
 
-    def _drop(self, client: "_Client") -> None:
-        del self._clients[client]
-        self._selector.unregister(client.sock)
-        client.sock.close()
 
+def _is_ours(sock: socket.socket) -> bool:
+    """Another user's client may have neither an answer nor one of the places."""
+    from mlx_launcher import system  # here, because a command has no use for it
 
-def _turn_away(sock: socket.socket) -> None:
-    """Another user's client, who may have neither an answer nor one of the places."""
+    if system.peer_uid(sock) in (os.geteuid(), 0):
+        return True
     answer = error_answer("not_yours", "this supervisor belongs to another user")
     with contextlib.suppress(OSError):
         sock.setblocking(False)
         sock.send(json.dumps(answer).encode() + b"\n")
     sock.close()
-
-
-class _Client:
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.request = b""
-        self.answer: bytes | None = None
-        self.deadline = time.monotonic() + CLIENT_S
+    return False

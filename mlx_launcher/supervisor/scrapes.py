@@ -6,10 +6,10 @@ Loopback only, and as bounded as the control socket: no client can hold up anoth
 import contextlib
 import selectors
 import socket
-import time
 from collections.abc import Callable
 
 from mlx_launcher.errors import LaunchError
+from mlx_launcher.supervisor.clients import Clients
 from mlx_launcher.supervisor.journal import Journal
 from mlx_launcher.supervisor.listener import bind_all
 from mlx_launcher.supervisor.metrics import CONTENT_TYPE
@@ -18,7 +18,6 @@ HOSTS = ["127.0.0.1", "::1"]
 PATH = "/metrics"
 MAX_REQUEST = 8192
 MAX_CLIENTS = 16
-CLIENT_S = 5.0  # to send the request, and again to take the answer
 
 _REASONS = {200: "OK", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed"}
 
@@ -31,7 +30,8 @@ class Scrapes:
         self._selector, self._journal, self._render = selector, journal, render
         self._port: int | None = None
         self._listeners: list[socket.socket] = []
-        self._clients: dict[_Client, None] = {}  # oldest first
+        self._clients = Clients(selector, self._answer, MAX_CLIENTS, MAX_REQUEST)
+        self.expire = self._clients.expire
 
     @property
     def seen(self) -> dict[str, str | None] | None:
@@ -53,7 +53,7 @@ class Scrapes:
             hint = "Stop it, or change metricsPort in the configuration"
             raise LaunchError(error.code, f"metricsPort: {error.message}", hint, error.exit_code) from error
         for sock in self._listeners:
-            self._selector.register(sock, selectors.EVENT_READ, lambda mask, sock=sock: self._on_connect(sock))
+            self._selector.register(sock, selectors.EVENT_READ, lambda mask, sock=sock: self._clients.accept(sock))
 
     def follow(self, port: int | None) -> None:
         """As `listen`, for a plan that a server is started by: what cannot be bound is noted, and no reason to refuse service."""
@@ -61,15 +61,9 @@ class Scrapes:
             self.listen(port)
         self._journal.trouble("metrics", self.problem)
 
-    def expire(self, now: float) -> None:
-        """Drops the clients that took too long. `now` is time.monotonic()."""
-        for client in [c for c in self._clients if now >= c.deadline]:
-            self._drop(client)
-
     def close(self) -> None:
         self._forget_port()
-        for client in list(self._clients):
-            self._drop(client)
+        self._clients.close()
 
     def _forget_port(self) -> None:
         for sock in self._listeners:
@@ -77,64 +71,13 @@ class Scrapes:
             sock.close()
         self._listeners, self.problem = [], None
 
-    def _on_connect(self, listener: socket.socket) -> None:
-        try:
-            sock, _ = listener.accept()
-        except BlockingIOError:
-            return
-        except OSError:  # out of descriptors, or a client that is already gone
-            if self._clients:
-                self._drop(next(iter(self._clients)))
-            return
-        if len(self._clients) >= MAX_CLIENTS:
-            self._drop(next(iter(self._clients)))
-        sock.setblocking(False)
-        client = _Client(sock)
-        self._clients[client] = None
-        self._selector.register(sock, selectors.EVENT_READ, lambda mask: self._on_client(client))
-
-    def _on_client(self, client: "_Client") -> None:
-        if client not in self._clients:  # dropped by an earlier event of the same round
-            return
-        try:
-            if client.answer is None:
-                self._read(client)
-            if client.answer is not None:
-                client.answer = client.answer[client.sock.send(client.answer) :]
-                if not client.answer:
-                    self._drop(client)
-        except BlockingIOError:
-            return
-        except OSError:
-            self._drop(client)
-
-    def _read(self, client: "_Client") -> None:
-        data = client.sock.recv(MAX_REQUEST)
-        if not data:
-            self._drop(client)
-            return
-        client.request += data
-        head, end, _ = client.request.partition(b"\r\n\r\n")
-        if not end and len(client.request) <= MAX_REQUEST:
-            return
+    def _answer(self, request: bytes) -> bytes | None:
+        head, end, _ = request.partition(b"\r\n\r\n")
+        if not end and len(request) <= MAX_REQUEST:
+            return None
         status = look(head) if end else 400
         body = self._render() if status == 200 else f"{_REASONS[status]}: GET {PATH} is all there is\n"
-        client.answer = _response(status, body.encode())
-        client.deadline = time.monotonic() + CLIENT_S
-        self._selector.modify(client.sock, selectors.EVENT_WRITE, lambda mask: self._on_client(client))
-
-    def _drop(self, client: "_Client") -> None:
-        del self._clients[client]
-        self._selector.unregister(client.sock)
-        client.sock.close()
-
-
-class _Client:
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.request = b""
-        self.answer: bytes | None = None
-        self.deadline = time.monotonic() + CLIENT_S
+        return _response(status, body.encode())
 
 
 def look(head: bytes) -> int:

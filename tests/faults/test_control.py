@@ -15,7 +15,7 @@ import pytest
 from support.supervised import Launched
 from support.waiting import until
 
-from mlx_launcher.supervisor import control
+from mlx_launcher.supervisor import clients, control
 
 Launch = Callable[..., Launched]
 
@@ -94,11 +94,11 @@ def test_26_silent_clients_hold_nobody_up(launched: Launched, connect: Callable[
 
 def test_26_a_silent_client_is_dropped_after_its_time(launched: Launched, connect: Callable[[], socket.socket]) -> None:
     sock = connect()
-    sock.settimeout(control.CLIENT_S + 2)
+    sock.settimeout(clients.CLIENT_S + 2)
     sock.sendall(b'{"do":')
     began = time.monotonic()
     assert sock.recv(10) == b""
-    assert time.monotonic() - began == pytest.approx(control.CLIENT_S, abs=1.5)
+    assert time.monotonic() - began == pytest.approx(clients.CLIENT_S, abs=1.5)
 
 
 def test_26_a_client_that_never_reads_holds_nobody_up(launched: Launched, connect: Callable[[], socket.socket]) -> None:

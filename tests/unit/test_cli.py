@@ -59,6 +59,7 @@ STATUS: dict[str, Any] = {
 HELP_IMPORTS = {
     "mlx_launcher",
     "mlx_launcher.cli",
+    "mlx_launcher.cli.groups",
     "mlx_launcher.cli.output",
     "mlx_launcher.config",
     "mlx_launcher.config.defaults",
@@ -72,6 +73,7 @@ STATUS_IMPORTS = HELP_IMPORTS | {
     "mlx_launcher.cli.status",
     "mlx_launcher.cli.tail",
     "mlx_launcher.supervisor",
+    "mlx_launcher.supervisor.clients",
     "mlx_launcher.supervisor.control",
 }
 HEAVY_IN_THE_LIBRARY = {
