@@ -68,6 +68,7 @@ def fetch_config(name: str) -> dict[str, Any]:
     repo, revision = split_hub_name(name)
     import huggingface_hub
 
+    _be_quiet()
     endpoint = os.environ.get("HF_ENDPOINT") or None
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -81,12 +82,19 @@ def fetch_config(name: str) -> dict[str, Any]:
             raise _explained(name, error) from None
 
 
-def _download(repo: str, revision: str | None, cache: Path, say: Say) -> Path:
-    import huggingface_hub.file_download  # sets the log's level when it is imported, so it comes first
+def _be_quiet() -> None:
+    """What counts of the hub's client comes as an exception."""
+    import huggingface_hub.file_download  # noqa: F401 - sets the log's level when it is imported, so it comes first
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # what counts comes as an exception
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+
+
+def _download(repo: str, revision: str | None, cache: Path, say: Say) -> Path:
+    import huggingface_hub
+
+    _be_quiet()
     # The client keeps these from its import; a caller's environment may be newer.
     endpoint = os.environ.get("HF_ENDPOINT") or None
     info = huggingface_hub.HfApi(endpoint=endpoint).model_info(repo, revision=revision, files_metadata=True)
@@ -241,6 +249,8 @@ def _sha256(path: Path) -> str:
 def _explained(name: str, error: Exception) -> LaunchError:
     from huggingface_hub import errors
 
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # why it was looked for here alone
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.RevisionNotFoundError):
         return LaunchError("model_not_found", f"the hub has no such revision: {name}", "Check what follows the @")
