@@ -143,7 +143,8 @@ def _line(*cells: str) -> str:
 def machine() -> Iterator[str]:
     """What was measured on and when."""
     memory = psutil.virtual_memory().total / (1 << 30)
-    yield f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, {platform.platform()}"
+    kernel = f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}, {platform.machine()}"
+    yield f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, {kernel}"
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     # Names the card where there is one.
     yield device(system.machine(), {}, _PROBE_S).found

@@ -99,7 +99,8 @@ def _kills(model: Path, place: Path) -> list[float]:
     """Seconds from each kill to the first token of what was the standby; each standby is waited for."""
     launcher = Launcher(place / "standby")
     config = place / ".anyclauderc.json"
-    block = {"port": launcher.port, "model": str(model), "standby": True, "maxRestarts": ROUNDS + 1}
+    # Each kill is a first one: after further ones within the window there would be a pause.
+    block = {"port": launcher.port, "model": str(model), "standby": True, "restart": {"window": f"{RESTS_S:g}s"}}
     config.write_text(json.dumps({"backend": "mlx", "backends": {"mlx": block}}))
     process = _run(launcher, model, "--config", str(config))
     waits = []

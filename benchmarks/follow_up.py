@@ -86,6 +86,8 @@ def _rows(goals: Goals, ours: Ours, theirs: MlxLm) -> list[Row]:
             goals.faster,
             _ratio(first, follow_up),
             f"{_seconds(follow_up)} against {_seconds(first)}, {what}",
+            "a follow-up runs about 30 new tokens and decodes 8, each over the whole prefix; it and the first request both take "
+            "less than mlx_lm.server's (the two rows below), the first request by more",
         ),
         at_most(
             f"first request of {goals.called} tokens, nothing cached",

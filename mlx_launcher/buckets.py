@@ -29,6 +29,7 @@ def median(bounds: Sequence[float], counts: Sequence[int]) -> float | None:
             if index == len(bounds):
                 break
             lower = bounds[index - 1] if index else 0.0
-            return lower + (bounds[index] - lower) * (wanted - below) / count
+            # Rounded, the sum can lie beyond the bound by the last digit.
+            return min(lower + (bounds[index] - lower) * (wanted - below) / count, bounds[index])
         below += count
     return bounds[-1]

@@ -120,7 +120,7 @@ class Faults:
             os.kill(pid, signal.SIGCONT)
 
     def tear_entry(self) -> None:
-        entries = list((self._instance / "kvcache").glob("*/*.safetensors"))
+        entries = list((self._instance.parent / "kvcache").glob("*/*.safetensors"))
         if entries:
             os.truncate(self._chance.choice(entries), 1000)
 

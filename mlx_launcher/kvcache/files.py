@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -69,8 +69,9 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    finally:
+    except BaseException:
         partial.unlink(missing_ok=True)
+        raise
 
 
 def read_about(path: Path) -> dict[str, str]:
@@ -95,6 +96,11 @@ def verify(path: Path) -> None:
             crc = zlib.crc32(chunk, crc)
     if str(crc) != wanted:
         raise TornFileError(f"{path} is damaged: its data has the checksum {crc}, its header says {wanted}")
+
+
+def entries(directory: Path) -> Iterator[Path]:
+    """The files of a folder that have got their name: not what is being written."""
+    return (path for path in directory.glob(f"*{SUFFIX}") if not path.name.startswith(TEMPORARY))
 
 
 def remove_leftovers(directory: Path) -> None:

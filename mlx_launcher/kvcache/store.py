@@ -22,6 +22,7 @@ from mlx_launcher.kvcache.files import (
     Entry,
     FolderLock,
     Tensor,
+    entries,
     read_about,
     remove_leftovers,
     set_aside,
@@ -229,7 +230,7 @@ class Store:
 
     def _read_all(self) -> None:
         """Rebuilds the tree from what is whole; what is torn, or goes on from what is not there, is set aside."""
-        found = {path.name: parts for path in self.directory.glob(f"*{SUFFIX}") if (parts := self._read(path))}
+        found = {path.name: parts for path in entries(self.directory) if (parts := self._read(path))}
         placed: dict[str, Segment] = {}
         waiting = dict(found)
         while ready := [name for name, (parent, _) in waiting.items() if parent == "" or parent in placed]:
@@ -284,7 +285,7 @@ def folders(root: Path) -> list[Path]:
 def folder_bytes(directory: Path) -> int:
     """What the entries of a folder take on the disk."""
     total = 0
-    for path in directory.glob(f"*{SUFFIX}"):
+    for path in entries(directory):
         with contextlib.suppress(OSError):
             total += path.stat().st_size
     return total
@@ -311,4 +312,4 @@ def shrink_others(directory: Path, wanted: int) -> int:
 
 
 def _used_at(directory: Path) -> float:
-    return max((path.stat().st_mtime for path in directory.glob(f"*{SUFFIX}")), default=0.0)
+    return max((path.stat().st_mtime for path in entries(directory)), default=0.0)

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from mlx_launcher.kvcache.files import LOCK, SUFFIX, TORN, verify
+from mlx_launcher.kvcache.files import LOCK, TORN, entries, verify
 from mlx_launcher.kvcache.store import ABOUT, Limits, Store, folder_bytes, folders
 from mlx_launcher.models.safetensors import TornFileError
 
@@ -44,7 +44,7 @@ def survey(root: Path) -> list[Folder]:
 def damaged(directory: Path) -> list[tuple[Path, str]]:
     """Reads all of a folder's entries, and names those that are not what was written, with the reason."""
     found = []
-    for path in sorted(directory.glob(f"*{SUFFIX}")):
+    for path in sorted(entries(directory)):
         try:
             verify(path)
         except FileNotFoundError:  # evicted meanwhile
@@ -95,7 +95,7 @@ def _shrink(directory: Path, wanted: int) -> None:
 
 def _look(directory: Path) -> Folder:
     stats = []
-    for path in directory.glob(f"*{SUFFIX}"):
+    for path in entries(directory):
         with contextlib.suppress(FileNotFoundError):
             stats.append(path.stat())
     about = {}

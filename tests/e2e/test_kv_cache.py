@@ -22,7 +22,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 def entries(directory: Path) -> list[Path]:
-    return sorted(directory.glob("*/*.safetensors"))
+    return sorted(path for path in directory.glob("*/*.safetensors") if not path.name.startswith("."))
 
 
 def test_a_prefix_seen_before_is_read_from_the_disk_and_counted_exactly(random_model: Path, directory: Path) -> None:

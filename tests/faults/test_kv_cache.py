@@ -29,7 +29,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 def entries(directory: Path) -> list[Path]:
-    return sorted(directory.glob("*/*.safetensors"))
+    return sorted(path for path in directory.glob("*/*.safetensors") if not path.name.startswith("."))
 
 
 def problem(host: Host) -> str | None:

@@ -76,6 +76,15 @@ def test_verify_names_what_is_damaged_and_changes_nothing(
     assert bad.exists()
 
 
+def test_what_a_server_is_writing_is_neither_counted_nor_damaged(
+    state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    used = filled(state, "a", tmp_path / "model")
+    (used.directory / ".partial-1-half.safetensors").write_bytes(b"half")
+    assert run(state, capsys, "verify")[:2] == (0, "All 2 files are whole.\n")
+    assert listed(state, capsys)[0]["files"] == 2
+
+
 def test_prune_removes_torn_files_gone_models_and_what_is_beyond_the_bound(
     state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

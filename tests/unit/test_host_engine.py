@@ -65,6 +65,15 @@ class Scripted:
         yield Text(0, "lo", None)
         yield Ended(0, "stop", 2)
 
+    def rest(self, wanted: threading.Event) -> float | None:
+        return None
+
+    def flush(self) -> None:
+        pass
+
+    def notes(self) -> list[str]:
+        return []
+
     def kv_cache(self) -> dict[str, Any] | None:
         return None
 
