@@ -131,7 +131,7 @@ def test_an_mlx_without_a_backend(patient: Patient, tmp_path: Path) -> None:
 
     installed = Path(mlx.core.__file__).parent
     if not (installed / "lib" / "libmlx.so").exists():
-        pytest.skip("MLX is linked otherwise here")
+        pytest.skip("this MLX has no libmlx.so of its own that could be taken away")
     plain = tmp_path / "plain" / "mlx"
     shutil.copytree(installed, plain, ignore=shutil.ignore_patterns("lib", "include", "share"))
     patient.environment["PYTHONPATH"] = str(plain.parent)
