@@ -46,7 +46,7 @@ def measure() -> list[Row]:
         f"({spread(a)}, {spread(b)}), {TOKENS} tokens, llama of 11 MB (float32)"
     )
     why = (
-        "the engine alone is as fast (in one process 2.58 against 2.73 ms a token, medians of 6 turns of 512); the rest is the "
+        "what the engine does for a token takes no longer than mlx-lm's own loop, called in one process; the rest is the "
         "event loop and the client, which share two cores with MLX's two threads: the same for every token, so less of "
         "any larger model's time (a token of this one takes 2.4 ms)"
     )
