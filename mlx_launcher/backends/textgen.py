@@ -17,6 +17,7 @@ def textgen(serving: Serving, settings: Settings) -> Backend:
 
 def host(serving: Serving, settings: Settings, name: Literal["textgen", "legacy", "cluster"]) -> Backend:
     """One of the servers that our host runs; all are told the same."""
+    state = serving.instance.parent
     cache = settings["cache.dir"]
     if cache is not None:
         cache = os.path.normpath(settings.base("cache.dir", "/") / os.path.expanduser(cache))  # noqa: PTH111
@@ -24,7 +25,7 @@ def host(serving: Serving, settings: Settings, name: Literal["textgen", "legacy"
         "name": settings.block,
         "kind": "host",
         # -P: the directory that it runs in may hold a json.py.
-        "argv": [sys.executable, "-P", "-m", "mlx_launcher.host", name],
+        "argv": [sys.executable, "-P", "-m", "mlx_launcher.host", "--imports", str(state / "transformers.json"), name],
         # UTF8: mlx-lm and transformers read a model's texts in the locale's encoding, which may be less.
         "env": {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **settings["env"]},
         "cwd": None,
@@ -41,7 +42,7 @@ def host(serving: Serving, settings: Settings, name: Literal["textgen", "legacy"
             "warmup": [str(settings.base("warmup.promptFiles", "/") / file) for file in settings["warmup.promptFiles"]],
             "cache": {
                 "enabled": settings["cache.enable_cache"],
-                "dir": cache or str(serving.instance.parent / "kvcache"),
+                "dir": cache or str(state / "kvcache"),
                 "slots": settings["cache.cache_slots"],
                 "min_tokens": settings["cache.min_tokens_for_cache"],
                 "memory_bytes": settings["cache.memoryBytes"],

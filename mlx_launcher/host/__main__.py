@@ -1,4 +1,4 @@
-"""A server process: `python -m mlx_launcher.host BACKEND --channel FD --listen FD[,FD]`.
+"""A server process: `python -m mlx_launcher.host [--imports FILE] BACKEND --channel FD --listen FD[,FD]`.
 
 A "cluster" is the leader of several processes, each of which is a "rank": on another machine with `--channel stdio`.
 """
@@ -14,6 +14,7 @@ def _inherited() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="mlx_launcher.host")
     parser.add_argument("backend", choices=["textgen", "legacy", "cluster", "rank"])
     parser.add_argument("--channel", type=lambda text: None if text == "stdio" else int(text), required=True)
+    parser.add_argument("--imports", help="where is kept what an import has learned")
     parser.add_argument("--listen", type=lambda text: [int(part) for part in text.split(",")], default=[])
     arguments = parser.parse_args()
     for descriptor in [arguments.channel, *arguments.listen]:
@@ -36,6 +37,10 @@ if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     inherited = _inherited()
     _quiet_libraries()
+    if inherited.imports:
+        from mlx_launcher.host.imports import remember_exports
+
+        remember_exports(inherited.imports)
     if inherited.channel is None:
         from mlx_launcher.host.cluster_guard import watch_over
 

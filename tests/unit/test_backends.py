@@ -59,7 +59,8 @@ def test_the_numbers_that_the_documentation_promises(model: Path, tmp_path: Path
 
 def test_the_server_is_our_host_in_our_own_interpreter(model: Path, tmp_path: Path) -> None:
     backend = plan_for(Flags(str(model)), tmp_path)["backend"]
-    assert backend["argv"] == [sys.executable, "-P", "-m", "mlx_launcher.host", "textgen"]
+    kept = str(tmp_path / "state" / "transformers.json")
+    assert backend["argv"] == [sys.executable, "-P", "-m", "mlx_launcher.host", "--imports", kept, "textgen"]
     assert backend["kind"] == "host"
 
 

@@ -15,6 +15,8 @@ from mlx_launcher.demo import build_random
 from mlx_launcher.errors import LaunchError
 from mlx_launcher.plan import Plan, compared
 
+HOST = [sys.executable, "-P", "-m", "mlx_launcher.host", "--imports"]
+
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
@@ -206,7 +208,7 @@ def test_our_own_script_has_its_marker(configured: Configured) -> None:
 def test_the_legacy_server_is_our_host_too_and_has_no_fallback(block: dict[str, Any], configured: Configured) -> None:
     name = block.pop("name")
     plan = configured.plan(name, **block)
-    assert plan["backend"]["argv"] == [sys.executable, "-P", "-m", "mlx_launcher.host", "legacy"]
+    assert plan["backend"]["argv"] == [*HOST, str(configured.directory / "state" / "transformers.json"), "legacy"]
     assert (plan["backend"]["name"], plan["backend"]["kind"], plan["fallback"]) == (name, "host", None)
     assert plan["backend"]["settings"].keys() == configured.plan()["backend"]["settings"].keys()
     script = configured.script("mine.sh")
