@@ -29,6 +29,7 @@ _COMMANDS = {
 
 
 @click.group("cache", cls=Table, table=_COMMANDS, no_args_is_help=False)
+@json_option
 def command() -> None:
     """Look after the KV cache on disk.
 
@@ -94,7 +95,7 @@ def prune_(app: App, max_bytes: str | None) -> Result:
 def clear_(app: App, yes: bool) -> Result:
     """Remove everything that no server uses."""
     root = _root(app, _settings(app))
-    kept = sum(folder.bytes_ for folder in survey(root) if not folder.in_use)
+    kept = sum(folder.bytes_ + folder.torn_bytes for folder in survey(root) if not folder.in_use)
     if kept and not yes:
         if app.json or not sys.stdin.isatty():
             raise LaunchError("usage", f"{size(kept)} would be removed", "Give --yes to have it done", EXIT_USAGE)
@@ -114,9 +115,20 @@ def _settings(app: App) -> Settings | None:
 
 
 def _root(app: App, settings: Settings | None) -> Path:
-    if settings is None or settings["cache.dir"] is None:
-        return app.state_dir / "kvcache"
-    return Path(os.path.normpath(settings.base("cache.dir", "/") / Path(settings["cache.dir"]).expanduser()))
+    """Where it is kept. LaunchError `cache_failed` where that cannot be looked at, which must not pass for an empty one."""
+    given = settings is not None and settings["cache.dir"] is not None
+    root = settings.path("cache.dir", "/") if settings and given else app.state_dir / "kvcache"
+    if not given and root.is_symlink():
+        what = f"{root} is a link, which is not followed in the state directory"
+        raise LaunchError("cache_failed", what, "Set cache.dir to where it leads, and remove the link")
+    try:
+        os.scandir(root).close()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        what = f"the KV cache in {root} cannot be read: {error.strerror}"
+        raise LaunchError("cache_failed", what, "See whose it is, with ls -ld") from None
+    return root
 
 
 def _limit(settings: Settings | None, root: Path) -> int:
@@ -128,7 +140,7 @@ def _given(text: str | None) -> int | None:
     if text is None:
         return None
     try:
-        return values.size(int(text) if text.isdecimal() else text)
+        return values.typed_size(text)
     except ValueError as reason:
         raise LaunchError("usage", f"--max-bytes: {reason}", "10GB, for example", EXIT_USAGE) from None
 
@@ -145,7 +157,7 @@ def _cleaned(root: Path, cleaned: Cleaned) -> Result:
     data = {"dir": str(root), "removed_bytes": cleaned.bytes_, "in_use": [str(path) for path in cleaned.in_use]}
     lines = [f"Removed {size(cleaned.bytes_)}."]
     if cleaned.in_use:
-        lines.append(f"{len(cleaned.in_use)} left alone, because a server uses it: mlx-launch stop ends it.")
+        lines.append(f"{len(cleaned.in_use)} left alone, in use by a server: mlx-launch stop ends it.")
     return Result(data, lines)
 
 
@@ -166,7 +178,7 @@ def _table(found: list[Folder]) -> list[str]:
     rows = [("MODEL", "SIZE", "FILES", "LAST USED", "")]
     for folder in found:
         used = "never" if folder.used_at is None else f"{duration(max(0.0, time.time() - folder.used_at))} ago"
-        state = "in use" if folder.in_use else "torn files" if folder.torn_bytes else ""
+        state = ", ".join(["in use"] * folder.in_use + ["torn files"] * bool(folder.torn_bytes))
         rows.append((clean(folder.model or folder.path.name), size(folder.bytes_), f"{folder.files:,}", used, state))
     widths = [max(columns(row[i]) for row in rows) for i in range(len(rows[0]))]
     widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))

@@ -8,11 +8,10 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
-from urllib.parse import unquote
 
 from mlx_launcher.host import responses
 from mlx_launcher.host.access import check_key, check_model, check_sender, is_loopback
-from mlx_launcher.host.engine import Engine, Job
+from mlx_launcher.host.engine import Engine, Job, unforeseen
 from mlx_launcher.host.errors import RequestError
 from mlx_launcher.host.events import Event
 from mlx_launcher.host.requests import Generation, parse_chat, parse_completion
@@ -56,6 +55,10 @@ class App:
             await self._route(scope, receive, send)
         except RequestError as error:
             await _send_error(send, error)
+        except Exception as error:
+            # Left to uvicorn it would be logged with its message, which may quote a prompt.
+            with contextlib.suppress(RuntimeError):  # an answer that has begun can only be cut
+                await _send_error(send, unforeseen(error))
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"].rstrip("/")
@@ -68,7 +71,7 @@ class App:
         elif path.startswith("/v1/models/"):
             _allow(method, "GET")
             self._authorize(scope, exempt_on_loopback=True)
-            check_model(self._settings, unquote(path.removeprefix("/v1/models/")), exact=True)
+            check_model(self._settings, path.removeprefix("/v1/models/"), exact=True)
             await _send_json(send, 200, self._model())
         elif path in ("/v1/chat/completions", "/v1/completions"):
             _allow(method, "POST")
@@ -81,6 +84,7 @@ class App:
     async def _counted(self, chat: bool, scope: Scope, receive: Receive, send: Send) -> None:
         """An answer, and how it ended."""
         timings = self._engine.counters.timings
+        timings.asked()
         failed: BaseException | None = None
         try:
             self._authorize(scope)

@@ -30,6 +30,10 @@ class Channels:
         self._body = ""
         self.feed(opened)
 
+    @property
+    def in_call(self) -> bool:
+        return self._function is not None
+
     def feed(self, text: str) -> list[Piece]:
         pieces: list[Piece] = []
         while True:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx import nn
 from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.utils import load_model
 
@@ -92,7 +93,8 @@ class Sampler(sampling_utils.Sampler):  # type: ignore[misc]
     """mlx-textgen's sampler, without what the parameters do not ask for.
 
     Defects: at temperature 0 it sorts out the best logit twice, and then draws a random number to choose it from a row of
-    zeros; and it writes into the logits that it is given.
+    zeros; it writes into the logits that it is given; and the log probabilities that it tells are those of what is left when
+    `temperature` and `top_k` have been applied: at temperature 0 a 0.0 for the token and -10000.0 for all others.
     """
 
     @property
@@ -102,11 +104,11 @@ class Sampler(sampling_utils.Sampler):  # type: ignore[misc]
         return bool(params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1)
 
     def sample(self, logits: mx.array, token_ids: mx.array, start_index: int) -> tuple[mx.array, mx.array | None]:
-        """The next token, and the log probabilities where the parameters ask for them."""
+        """The next token, and where the parameters ask for them the model's own log probabilities, whatever is made of them."""
         params = self.params
         if params.temperature or params.logit_bias or params.logprobs or self.looks_back:
-            sampled: tuple[mx.array, mx.array] = super().sample(mx.array(logits), token_ids, start_index)
-            return sampled
+            token, _ = super().sample(mx.array(logits), token_ids, start_index)
+            return token, nn.log_softmax(logits.astype(mx.float32), axis=-1) if params.logprobs else None
         if self.structured_processor:
             logits = self.structured_processor(input_ids=token_ids, logits=logits)
         return mx.argmax(logits, axis=-1, keepdims=True), None

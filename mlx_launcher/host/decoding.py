@@ -187,7 +187,7 @@ class Sequence:
             self._detokenizer.finalize()
             segments = self._detokenizer.last_segments
             pieces = self._reader.feed(segments[0]) if segments else []
-        if reason == "stop" and not over:
+        if not over and (reason == "stop" or not self._reader.in_call):
             pieces += self._reader.finish()
         yield from self._told(index, pieces, None)
         if not self._stopped and (rest := self._stops.flush()):

@@ -156,8 +156,10 @@ class Engine:
     def submit(self, job: Job) -> None:
         """Queues a job; raises QueueFullError beyond `max_queue` waiting ones."""
         with self._lock:
-            if len(self._live) > self._max_queue:
-                raise QueueFullError(len(self._live) - 1)
+            # Whose client has left waits for nothing: it is dropped when its turn comes.
+            wanted = sum(not other.cancelled.is_set() for other in self._live.values())
+            if wanted > self._max_queue:
+                raise QueueFullError(wanted - 1)
             self._live[id(job)] = job
             self._count(in_flight=self.counters.in_flight)
         self._jobs.put(job)
@@ -230,11 +232,7 @@ class Engine:
         except RequestError as error:
             job.emit(error)
         except Exception as error:
-            # The type and the place, never the message: it may quote a prompt.
-            log.error("a request failed: %s", where(error))
-            job.emit(
-                RequestError(500, f"the engine failed on this request ({type(error).__name__})", code="engine_error")
-            )
+            job.emit(unforeseen(error))
         finally:
             self.counters.stopwatch.over()
             with self._lock:
@@ -257,3 +255,9 @@ def where(error: BaseException) -> str:
         frames.append(f"{trace.tb_frame.f_code.co_qualname}:{trace.tb_lineno}")
         trace = trace.tb_next
     return f"{type(error).__name__} in {' > '.join(frames[-5:])}"
+
+
+def unforeseen(error: Exception) -> RequestError:
+    """What a client is told of an error that is the server's; the log is told where it was."""
+    log.error("a request failed: %s", where(error))
+    return RequestError(500, f"the engine failed on this request ({type(error).__name__})", code="engine_error")

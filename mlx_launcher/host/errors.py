@@ -30,6 +30,11 @@ class RequestError(Exception):
         self.retry_after = retry_after
 
 
+class EmptyPromptError(RequestError):
+    def __init__(self) -> None:
+        super().__init__(400, "the prompt is empty: there is nothing to go on from", param="prompt")
+
+
 class QueueFullError(RequestError):
     def __init__(self, waiting: int) -> None:
         super().__init__(

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +23,8 @@ from mlx_launcher.host.kvfiles import (
     whole_state,
     whole_tensors,
 )
-from mlx_launcher.kvcache.store import Match, Store
+from mlx_launcher.kvcache.files import verify
+from mlx_launcher.kvcache.store import MIN_FREE_BYTES, Match, Store
 from mlx_launcher.kvcache.tree import WIDTH, common_prefix, pack
 
 log = logging.getLogger("mlx_launcher.host")
@@ -74,7 +76,7 @@ class KVStates:
         self._make_empty = make_empty
         self._store = store
         self._memory_bytes = memory_bytes
-        self._min_tokens = min_tokens
+        self._min_tokens = max(min_tokens, 1)
         self._problem = problem
         self._hot: list[_Hot] = []  # the most recently used one last
         self._retry_at = 0.0
@@ -96,7 +98,7 @@ class KVStates:
         if len(tokens) < self._min_tokens:
             return
         packed = pack(tokens)
-        self._hot = [hot for hot in self._hot if not (is_plain(hot.state) and packed.startswith(hot.tokens))]
+        self._hot = [hot for hot in self._hot if not _serves_instead(packed, hot)]
         self._hot.append(_Hot(packed, state, state_bytes(state), time.monotonic()))
 
     def evict(self) -> None:
@@ -119,6 +121,8 @@ class KVStates:
                 rest = min(wait, rest or wait)
             elif self._write(hot, MIN_NEW):
                 return 0.0
+            elif now < self._retry_at:
+                return RETRY_S
         return rest
 
     def flush(self) -> None:
@@ -138,7 +142,7 @@ class KVStates:
 
     def _hottest(self, wanted: bytes) -> tuple[_Hot | None, int]:
         # As on disk: what saves a handful of tokens is not worth a copy.
-        best: tuple[_Hot | None, int] = None, max(self._min_tokens, 1) - 1
+        best: tuple[_Hot | None, int] = None, self._min_tokens - 1
         room = len(wanted) // WIDTH - 1
         for hot in self._hot:
             shared = min(common_prefix(hot.tokens, wanted), room)
@@ -163,6 +167,11 @@ class KVStates:
 
     def _read(self, match: Match) -> State:
         segment = match.segment
+        for part in segment.line():
+            # Once: a disk that gives back other bytes than it was given would else be believed.
+            if not part.verified:
+                verify(part.path)
+                part.verified = True
         state = (
             whole_state(segment)
             if segment.whole
@@ -173,8 +182,8 @@ class KVStates:
 
     def _put_aside(self, store: Store, match: Match, error: Exception) -> None:
         line = match.segment.line()
-        # Which file of the line it was is not told by every error: the first that cannot be read by itself, else the last.
-        broken = next((segment for segment in line if not _loads(segment.path)), match.segment)
+        # Which file of the line it was is not told by every error: the first that is not what was written, else the last.
+        broken = next((segment for segment in line if not _is_whole(segment.path)), match.segment)
         log.warning("a KV cache entry cannot be read and is set aside: %s: %s", broken.path.name, error)
         store.set_aside(broken)
 
@@ -201,7 +210,7 @@ class KVStates:
             hot.saved = False
             self._tell(f"the KV cache is not saved: {error.strerror or error}")
             return False
-        self._tell(None if room else self._no_room())
+        self._tell(None if room else _no_room(store))
         return room
 
     def _write_new(self, store: Store, hot: _Hot, tokens: list[int], min_new: int) -> bool:
@@ -211,21 +220,30 @@ class KVStates:
             hot.saved = True
             return False
         per_token = hot.size / max(hot.state[0].keys.shape[2], 1)
-        end = min(len(tokens), start + max(256, int(STEP_BYTES / per_token)))
+        # A first piece below the store's least length would not be found again, and written for ever.
+        step = max(256, store.limits.min_tokens, int(STEP_BYTES / per_token))
+        end = min(len(tokens), start + step)
         room = store.add(after, tokens[start:end], plain_tensors(hot.state, start, end))
         hot.saved = end == len(tokens) or not room
-        self._tell(None if room else self._no_room())
+        self._tell(None if room else _no_room(store))
         return room
-
-    def _no_room(self) -> str:
-        return (
-            "the KV cache is not saved: the conversation is larger than what it may take of the disk (cache.maxBytes)"
-        )
 
     def _tell(self, problem: str | None) -> None:
         if problem and problem != self._problem:
             log.warning("%s", problem)
         self._problem = problem
+
+
+def _no_room(store: Store) -> str:
+    return (
+        f"the KV cache is not saved: {store.directory.parent} has no room for this conversation: cache.maxBytes is "
+        f"{store.limits.max_bytes} bytes, and {MIN_FREE_BYTES} bytes of the disk stay free for others"
+    )
+
+
+def _serves_instead(packed: bytes, hot: _Hot) -> bool:
+    """Whether a state of these tokens serves every prompt that `hot` serves."""
+    return packed.startswith(hot.tokens) and (is_plain(hot.state) or len(packed) == len(hot.tokens))
 
 
 def snapshot(state: State) -> State:
@@ -239,9 +257,9 @@ def _prefix(layer: KVCache, length: int) -> KVCache:
     return prefix
 
 
-def _loads(path: Any) -> bool:
+def _is_whole(path: Path) -> bool:
     try:
-        mx.eval(mx.load(str(path)))
-    except (OSError, RuntimeError, ValueError):
+        verify(path)
+    except (OSError, ValueError):
         return False
     return True

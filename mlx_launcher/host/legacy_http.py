@@ -18,9 +18,9 @@ from mlx_lm import server as upstream
 from mlx_launcher.host import legacy_harmony
 from mlx_launcher.host.access import check_key, check_model, check_sender, is_loopback
 from mlx_launcher.host.chat import accepted, prepare
-from mlx_launcher.host.engine import where
-from mlx_launcher.host.errors import RequestError
-from mlx_launcher.host.requests import Generation, parse_chat, parse_completion
+from mlx_launcher.host.engine import unforeseen
+from mlx_launcher.host.errors import EmptyPromptError, RequestError
+from mlx_launcher.host.requests import Generation, check_logit_bias, parse_chat, parse_completion
 from mlx_launcher.host.responses import error_body, sse
 from mlx_launcher.host.stops import StopScanner
 from mlx_launcher.host.timings import Stopwatch
@@ -77,14 +77,14 @@ class Handler(upstream.APIHandler):  # type: ignore[misc]
                 check_model(settings, unquote(path.removeprefix("/v1/models/")), exact=True)
                 self._answer(200, self._model())
             else:
-                raise RequestError(404, f"there is nothing at {path}; try {_CHAT}, /v1/models or /health")
+                raise RequestError(404, f"there is nothing at {path or '/'}; try {_CHAT}, /v1/models or /health")
 
     def do_POST(self) -> None:  # noqa: N802
         with self._errors():
             self._check_sender()
             path = self.path.partition("?")[0].rstrip("/")
             if path not in (_CHAT, _TEXT):
-                raise RequestError(404, f"there is nothing at {path}; try {_CHAT}, /v1/models or /health")
+                raise RequestError(404, f"there is nothing at {path or '/'}; try {_CHAT}, /v1/models or /health")
             with self._counted():
                 self._answered(path)
 
@@ -120,15 +120,26 @@ class Handler(upstream.APIHandler):  # type: ignore[misc]
             raise RequestError(400, "answers cannot be constrained by the legacy server", param="response_format")
         if generation.n > 1 or len(generation.prompts) > 1:
             raise RequestError(400, "the legacy server gives one answer to one prompt", param="n")
+        vocabulary = self._service.vocabulary
+        check_logit_bias(generation, vocabulary)
+        sampling = dict(generation.sampling)
+        if sampling.get("top_k", 0) >= vocabulary:
+            # It leaves out nothing, and mlx-lm's thread would end of it.
+            del sampling["top_k"]
         asked: dict[str, Any] = {
-            **generation.sampling,
+            **sampling,
             "max_tokens": generation.max_tokens,
             "logprobs": generation.top_logprobs is not None,
             "top_logprobs": min(generation.top_logprobs or 0, _MOST_LOGPROBS),
         }
+        tokenizer = self._service.provider.tokenizer
         if generation.messages is None:
-            return {**asked, "prompt": generation.prompts[0]}
-        messages, tokenizer = prepare(generation.messages), self._service.provider.tokenizer
+            prompt = generation.prompts[0]
+            if not prompt.strip() and not tokenizer.encode(prompt):
+                # mlx-lm's thread would end of it, and the server with it.
+                raise EmptyPromptError
+            return {**asked, "prompt": prompt}
+        messages = prepare(generation.messages)
         if tokenizer.has_chat_template:
             messages, _ = accepted(tokenizer, messages, generation.tools)
         return {**asked, "messages": messages, "tools": generation.tools}
@@ -173,6 +184,7 @@ class Handler(upstream.APIHandler):  # type: ignore[misc]
     def _counted(self) -> Iterator[None]:
         """Around one request for an answer: counts how it ended."""
         timings = self._service.counters.timings
+        timings.asked()
         failed: BaseException | None = None
         try:
             yield
@@ -193,10 +205,7 @@ class Handler(upstream.APIHandler):  # type: ignore[misc]
         except (_ClientLeft, OSError):
             self.close_connection = True
         except Exception as error:
-            log.error("a request failed: %s", where(error))
-            self._fail(
-                RequestError(500, f"the engine failed on this request ({type(error).__name__})", code="engine_error")
-            )
+            self._fail(unforeseen(error))
 
     def _fail(self, error: RequestError) -> None:
         with contextlib.suppress(OSError):
@@ -278,9 +287,7 @@ class _Watched:
                 request, arguments, functools.partial(self._on_progress, progress_callback)
             )
         except Exception as error:
-            log.error("a request failed: %s", where(error))
-            what = f"the engine failed on this request ({type(error).__name__})"
-            raise _Refused(RequestError(500, what, code="engine_error")) from None
+            raise _Refused(unforeseen(error)) from None
         self._prompt = len(context.prompt)
         limit = self._service.context
         if limit is not None and self._prompt >= limit:

@@ -30,6 +30,7 @@ from mlx_launcher.host.legacy_http import Handler
 from mlx_launcher.host.settings import Settings
 from mlx_launcher.host.weights import read_weights
 from mlx_launcher.models.directory import BrokenModelError, check, read_config
+from mlx_launcher.models.facts import context_length, vocabulary_size
 
 log = logging.getLogger("mlx_launcher.host")
 
@@ -68,7 +69,9 @@ class Service:
         if (fault := self.provider.loaded.get()) is not None:
             raise fault
         self.harmony = legacy_harmony.is_spoken_by(self.provider.tokenizer)
-        self.context = _context(path)
+        config = read_config(path)
+        self.context = context_length(config)
+        self.vocabulary = vocabulary_size(config) or self.provider.tokenizer.vocab_size
         self.fingerprint = upstream.get_system_fingerprint()
         # Beyond this many at once requests wait in mlx-lm's own queue.
         self._width = arguments.decode_concurrency if self.provider.is_batchable else 1
@@ -249,11 +252,6 @@ def _arguments(settings: Settings) -> Any:
     finally:
         sys.argv, upstream.ModelProvider, upstream.run = kept
     return taken[0]
-
-
-def _context(path: Path) -> int | None:
-    limit = read_config(path).get("max_position_embeddings")
-    return limit if isinstance(limit, int) else None
 
 
 class _Listening(ThreadingHTTPServer):

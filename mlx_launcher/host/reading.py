@@ -30,7 +30,7 @@ class Reader(Protocol):
     def not_a_call(self) -> list[Piece]: ...
 
     def finish(self) -> list[Piece]:
-        """What is left when the answer has ended in good order."""
+        """What is left when the answer has ended in good order, or was cut outside of a call."""
 
 
 class TextReader:
@@ -38,7 +38,10 @@ class TextReader:
 
     constrain: str | None = None
     finished = False
-    in_call = False
+
+    @property
+    def in_call(self) -> bool:
+        return False
 
     def feed(self, text: str) -> list[Piece]:
         return [("content", text)] if text else []
@@ -59,6 +62,10 @@ class ChannelReader(TextReader):
     def __init__(self, opened: str, single: bool) -> None:
         self._channels = Channels(opened)
         self._single = single
+
+    @property
+    def in_call(self) -> bool:
+        return self._channels.in_call
 
     def feed(self, text: str) -> list[Piece]:
         pieces = self._channels.feed(text)

@@ -131,7 +131,7 @@ Body = TypeVar("Body", bound=_Common)
 def parse(raw: bytes, body: type[Body]) -> tuple[Body, dict[str, Any]]:
     """A request's JSON, checked and as it came; raises RequestError 400 that names the part at fault."""
     try:
-        document = json.loads(raw)
+        document = _whole_characters(json.loads(raw.decode("utf-8-sig")))
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"the body is not JSON: {error}", code="bad_json") from None
     if not isinstance(document, dict):
@@ -142,6 +142,18 @@ def parse(raw: bytes, body: type[Body]) -> tuple[Body, dict[str, Any]]:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "body"
         raise RequestError(400, f"{where}: {first['msg']}", param=where, code="bad_value") from None
+
+
+def _whole_characters(document: Any) -> Any:
+    """The document with U+FFFD for each half of a character: clients that count in UTF-16 cut a text within an emoji and send
+    it so in every further turn, and no tokenizer takes it.
+    """
+    text = json.dumps(document, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    return document
 
 
 def parse_completion(raw: bytes) -> tuple[CompletionBody, Generation]:
@@ -188,6 +200,12 @@ def parse_chat(raw: bytes) -> tuple[ChatBody, Generation]:
         guide=guide,
         **_shared(body),
     )
+
+
+def check_logit_bias(request: Generation, vocabulary: int) -> None:
+    """RequestError 400 for a token that the model does not have: MLX would write beside the logits."""
+    if any(not 0 <= token < vocabulary for token in request.sampling.get("logit_bias", ())):
+        raise RequestError(400, f"logit_bias: this model's tokens are 0 to {vocabulary - 1}", param="logit_bias")
 
 
 def _shared(body: _Common) -> dict[str, Any]:

@@ -6,6 +6,7 @@ never fire streamed tool calls. What stands in this package instead is the layer
 
 import functools
 import logging
+import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,20 +23,20 @@ from mlx_launcher.host.channels import CALL_START
 from mlx_launcher.host.corrections import DEFAULT_TOOL_SYSTEM, GENERATION_STREAM, Sampler, SamplingParams
 from mlx_launcher.host.decoding import Sequence
 from mlx_launcher.host.engine import Counters
-from mlx_launcher.host.errors import ModelFault, RequestError
+from mlx_launcher.host.errors import EmptyPromptError, ModelFault, RequestError
 from mlx_launcher.host.guided import Guides, guide_grammar, tool_call_grammar
 from mlx_launcher.host.kvfiles import State
 from mlx_launcher.host.kvstate import KVStates
 from mlx_launcher.host.prefill import Prefill
 from mlx_launcher.host.reading import reader_for
-from mlx_launcher.host.requests import Generation
+from mlx_launcher.host.requests import Generation, check_logit_bias
 from mlx_launcher.host.settings import Settings
 from mlx_launcher.host.styles import Style, detect
 from mlx_launcher.host.warmup import Warmup
 from mlx_launcher.host.weights import read_weights
 from mlx_launcher.kvcache.store import Limits, default_max_bytes, open_store
 from mlx_launcher.models.directory import BrokenModelError, check
-from mlx_launcher.models.facts import facts, why_not_textgen
+from mlx_launcher.models.facts import context_length, facts, vocabulary_size, why_not_textgen
 from mlx_launcher.models.fingerprint import fingerprint
 
 log = logging.getLogger("mlx_launcher.host")
@@ -87,7 +88,7 @@ class Textgen:
         self._prefill = Prefill(self._model, settings["prefill_batch"])
         self._guides = Guides(self._model.tokenizer)
         self._style = detect(self._model.tokenizer)
-        self._context = self._model.config.get("max_position_embeddings")
+        self._context = context_length(self._model.config)
         eos = self._model.config.get("eos_token_id")
         self._eos = {token for token in ([*eos] if isinstance(eos, list) else [eos]) if token is not None}
         if self._model.tokenizer.eos_token_id is not None:
@@ -162,12 +163,12 @@ class Textgen:
     def _answer(
         self, index: int, prompt: str, request: Generation, cancelled: threading.Event, counters: Counters
     ) -> Iterator[events.Event]:
-        vocabulary = self._model.config.get("vocab_size", len(self._model.tokenizer))
-        if any(not 0 <= token < vocabulary for token in request.sampling.get("logit_bias", ())):
-            raise RequestError(400, f"logit_bias: this model's tokens are 0 to {vocabulary - 1}", param="logit_bias")
+        check_logit_bias(request, vocabulary_size(self._model.config) or len(self._model.tokenizer))
         try:
             params = SamplingParams(
-                **request.sampling, logprobs=request.top_logprobs is not None, top_logprobs=request.top_logprobs or 1
+                **{**request.sampling, "seed": _seed(request, index)},
+                logprobs=request.top_logprobs is not None,
+                top_logprobs=request.top_logprobs or 1,
             )
         except ValidationError as error:
             raise RequestError(400, str(error.errors(include_url=False)[0]["msg"])) from None
@@ -217,6 +218,8 @@ class Textgen:
             self._warmup.done()
 
     def _fit(self, prompt_tokens: int, wanted: int | None) -> int:
+        if not prompt_tokens:
+            raise EmptyPromptError
         if self._context is None:
             return wanted or DEFAULT_MAX_TOKENS
         if prompt_tokens >= self._context:
@@ -227,6 +230,14 @@ class Textgen:
                 code="context_length_exceeded",
             )
         return min(wanted or DEFAULT_MAX_TOKENS, self._context - prompt_tokens)
+
+
+def _seed(request: Generation, index: int) -> int:
+    """MLX has one generator of random numbers: after a seeded answer all others would repeat, too, were they not given seeds. And
+    several answers to one prompt are to be several.
+    """
+    seed = request.sampling.get("seed")
+    return secrets.randbits(64) if seed is None else (int(seed) + index % request.n) % 2**64
 
 
 def _states_of_its_own(layers: Iterable[Any]) -> Iterator[str]:

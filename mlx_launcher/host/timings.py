@@ -35,6 +35,7 @@ class Timings:
         self._lock = threading.Lock()
         self._histograms = {name: _Histogram(bounds) for name, bounds in BOUNDS.items()}
         self._tokens = self._histograms["token_s"]
+        self._asked = 0
         self._outcomes = dict.fromkeys(OUTCOMES, 0)
         self._last_speed: float | None = None
         # When, and how many tokens had been timed by then in how many seconds.
@@ -52,13 +53,20 @@ class Timings:
         """How fast an answer was, when it is over."""
         self._last_speed = tokens_per_s
 
+    def asked(self) -> None:
+        """A request for an answer has come."""
+        with self._lock:
+            self._asked += 1
+
     def ended(self, error: BaseException | None) -> None:
         """How a request for an answer ended: None for well. Cancelled: the client left, or the server's end cut it off."""
         with self._lock:
             self._outcomes[_outcome(error)] += 1
 
     def told(self) -> dict[str, Any]:
-        """What a beat says: answers by outcome, histograms by name, and tokens a second while decoding, None where none were."""
+        """What a beat says: answers by outcome and how many are still `open`, histograms by name, and tokens a second while
+        decoding, None where none were.
+        """
         now = time.monotonic()
         with self._lock:
             if now >= self._looks[-1][0] + _LOOK_S:
@@ -69,6 +77,7 @@ class Timings:
             count, seconds = self._tokens.count - count, self._tokens.sum - seconds
             return {
                 "answers": dict(self._outcomes),
+                "open": self._asked - sum(self._outcomes.values()),
                 "timings": {
                     name: {"counts": list(histogram.counts), "sum": round(histogram.sum, 6)}
                     for name, histogram in self._histograms.items()

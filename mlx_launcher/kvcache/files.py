@@ -1,9 +1,13 @@
 """Files that are written whole or not at all, in folders that one process at a time may use."""
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
+import re
+import shutil
+import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,6 +19,11 @@ TEMPORARY = ".partial"
 TORN = "torn"
 LOCK = ".lock"
 SUFFIX = ".safetensors"
+# Names the model of a folder for whoever looks at it.
+ABOUT = "about.json"
+# The names that entries and folders have; whatever else lies in the place that the user gave is not ours to touch.
+_ENTRY = re.compile(r"[0-9a-f]{24}\.safetensors")
+_FOLDER = re.compile(r"[0-9a-f]{16}(-\d+)?")
 _OWN = "metadata_crc32"
 _CHUNK = 1 << 20
 
@@ -98,9 +107,20 @@ def verify(path: Path) -> None:
         raise TornFileError(f"{path} is damaged: its data has the checksum {crc}, its header says {wanted}")
 
 
+def folders(root: Path) -> list[Path]:
+    """Every model's folders under a root; what else lies there is somebody else's."""
+    with contextlib.suppress(OSError):
+        return sorted(path for path in root.iterdir() if _is_ours(path))
+    return []
+
+
+def _is_ours(path: Path) -> bool:
+    return bool(_FOLDER.fullmatch(path.name)) and not path.is_symlink() and (path / LOCK).is_file()
+
+
 def entries(directory: Path) -> Iterator[Path]:
-    """The files of a folder that have got their name: not what is being written."""
-    return (path for path in directory.glob(f"*{SUFFIX}") if not path.name.startswith(TEMPORARY))
+    """The entries of a folder: not what is being written, nor what somebody else put there."""
+    return (path for path in directory.glob(f"*{SUFFIX}") if _ENTRY.fullmatch(path.name))
 
 
 def remove_leftovers(directory: Path) -> None:
@@ -110,27 +130,69 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Moves a torn file to `torn/` beside it, replacing an older one of the same name, and returns where it is now."""
+    """Moves a torn file to `torn/` beside it, replacing an older one of the same name, and returns where it is now.
+
+    Raises OSError, also where `torn` is a link.
+    """
     aside = path.parent / TORN
     aside.mkdir(mode=0o700, exist_ok=True)
+    if aside.is_symlink():
+        raise OSError(errno.ELOOP, "a link is not followed", str(aside))
     target = aside / path.name
     path.replace(target)
     return target
 
 
+def remove_folder(directory: Path) -> None:
+    """Removes what is ours of a folder, and the folder if nothing else is in it. Raises BlockingIOError where a process uses it,
+    and OSError.
+    """
+    lock = FolderLock(directory)
+    try:
+        remove_leftovers(directory)
+        remove_torn(directory)
+        for path in [*entries(directory), directory / ABOUT, directory / LOCK]:
+            path.unlink(missing_ok=True)
+    finally:
+        lock.release()
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+
+
+def remove_torn(directory: Path) -> None:
+    """Removes what was set aside."""
+    if not (directory / TORN).is_symlink():
+        shutil.rmtree(directory / TORN, ignore_errors=True)
+
+
 class FolderLock:
-    """Held while a process uses a folder; ends with the process. Raises BlockingIOError where another one does."""
+    """Held while a process uses a folder, which is made where it is missing, and closed to others; ends with the process.
+
+    Raises BlockingIOError where another one does, and OSError.
+    """
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if directory.is_symlink():
-            raise OSError(errno.ELOOP, "a link is not followed", str(directory))
-        self._descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        while True:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if directory.is_symlink():
+                raise OSError(errno.ELOOP, "a link is not followed", str(directory))
+            if stat.S_IMODE(directory.stat().st_mode) & 0o077:
+                directory.chmod(0o700)
+            self._descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(self._descriptor)
+                raise
+            if self._is_there(directory / LOCK):
+                return
+            # `remove_folder` had it until now, and took it away.
             os.close(self._descriptor)
-            raise
+
+    def _is_there(self, path: Path) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self._descriptor), path.lstat())
+        return False
 
     def release(self) -> None:
         os.close(self._descriptor)

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_launcher.kvcache.files import (
+    ABOUT,
     SUFFIX,
-    TORN,
     Entry,
     FolderLock,
     Tensor,
     entries,
+    folders,
     read_about,
     remove_leftovers,
     set_aside,
@@ -38,8 +39,6 @@ MIN_FREE_BYTES = 1 << 30
 # Where the user sets no bound.
 MAX_BYTES = 40_000_000_000
 FREE_SHARE = 4
-# Names the model of a folder for whoever looks at it.
-ABOUT = "about.json"
 # A folder is one server's; a second server of the same model takes the next one, up to this many.
 FOLDERS = 16
 
@@ -150,9 +149,6 @@ class Store:
         """The last segment of each conversation, most recently used first."""
         return sorted(self._tree.ends(), key=lambda end: -end.used_at)
 
-    def segments(self) -> list[Segment]:
-        return list(self._tree)
-
     def summary(self) -> dict[str, Any]:
         """What `status` shows; safe to be called from another thread."""
         return {
@@ -175,7 +171,7 @@ class Store:
         before = parent.path.name if parent else ""
         about = {"tokens": base64.b64encode(new).decode(), "start": str(start), "parent": before}
         entry = Entry({**metadata, **about}, tensors)
-        if not self._make_room(entry.size, parent, new_line=parent is None or start < parent.end):
+        if not self._make_room(entry.size, parent, new_line=parent is None or bool(parent.children)):
             return False
         name = sha256(f"{before} {start} {'whole' in metadata}".encode() + new).hexdigest()[:24] + SUFFIX
         entry.write(self.directory / name)
@@ -275,20 +271,18 @@ def default_max_bytes(root: Path) -> int:
     return min(MAX_BYTES, (shutil.disk_usage(root).free + taken) // FREE_SHARE)
 
 
-def folders(root: Path) -> list[Path]:
-    """Every model's folders under a root."""
-    with contextlib.suppress(OSError):
-        return sorted(path for path in root.iterdir() if path.is_dir() and not path.is_symlink() and path.name != TORN)
-    return []
-
-
 def folder_bytes(directory: Path) -> int:
     """What the entries of a folder take on the disk."""
-    total = 0
+    return sum(stat.st_size for stat in entry_stats(directory))
+
+
+def entry_stats(directory: Path) -> list[os.stat_result]:
+    """Of each entry that is there still: whoever has the folder may remove one at any time."""
+    found = []
     for path in entries(directory):
         with contextlib.suppress(OSError):
-            total += path.stat().st_size
-    return total
+            found.append(path.stat())
+    return found
 
 
 def others_bytes(directory: Path) -> int:
@@ -312,4 +306,4 @@ def shrink_others(directory: Path, wanted: int) -> int:
 
 
 def _used_at(directory: Path) -> float:
-    return max((path.stat().st_mtime for path in entries(directory)), default=0.0)
+    return max((stat.st_mtime for stat in entry_stats(directory)), default=0.0)

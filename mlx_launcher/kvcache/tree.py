@@ -25,6 +25,7 @@ class Segment:
     used_at: float  # seconds since the epoch
     size: int  # bytes of the file
     children: list["Segment"] = field(default_factory=list)
+    verified: bool = False  # its data is known to be what was written
 
     @property
     def end(self) -> int:
@@ -60,8 +61,10 @@ class Tree:
         (segment.parent.children if segment.parent else self.roots).remove(segment)
 
     def ends(self) -> list[Segment]:
-        """The last segments of all lines: a conversation as far as it is known, each."""
-        return [segment for segment in self if all(child.start < segment.end for child in segment.children)]
+        """The last segments of all lines: a conversation each. What a turn leaves off of the one before, a thought or a reminder,
+        is no conversation of its own.
+        """
+        return [segment for segment in self if not segment.children]
 
     def longest(self, wanted: bytes) -> tuple[Segment | None, int]:
         """The segment whose line shares most tokens with `wanted` from the start, and how many."""

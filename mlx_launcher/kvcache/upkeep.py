@@ -6,12 +6,12 @@ A folder that a server uses is only looked at.
 import contextlib
 import fcntl
 import json
-import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from mlx_launcher.kvcache.files import LOCK, TORN, entries, verify
-from mlx_launcher.kvcache.store import ABOUT, Limits, Store, folder_bytes, folders
+from mlx_launcher.kvcache.files import ABOUT, LOCK, TORN, entries, folders, remove_folder, remove_torn, verify
+from mlx_launcher.kvcache.store import Limits, Store, entry_stats, folder_bytes
 from mlx_launcher.models.safetensors import TornFileError
 
 
@@ -59,28 +59,40 @@ def prune(root: Path, max_bytes: int) -> Cleaned:
     used folder on, what is beyond `max_bytes`. Raises OSError.
     """
     before, found = _bytes(root), survey(root)
-    unused = [folder for folder in reversed(found) if not folder.in_use]
-    for folder in unused:
-        if folder.model_path is not None and not Path(folder.model_path).exists():
-            shutil.rmtree(folder.path)
-        else:
-            _shrink(folder.path, 0)
-    for folder in unused:
+    in_use = _each(found, _remove_what_is_useless)
+
+    def shrink(folder: Folder) -> None:
         over = sum(map(folder_bytes, folders(root))) - max_bytes
         if over > 0 and folder.path.exists():
             _shrink(folder.path, over)
-    return Cleaned(before - _bytes(root), [folder.path for folder in found if folder.in_use])
+
+    _each([folder for folder in reversed(found) if folder.path not in in_use], shrink)
+    return Cleaned(before - _bytes(root), in_use)
 
 
 def clear(root: Path) -> Cleaned:
     """Removes everything that no server uses. Raises OSError."""
-    before, skipped = _bytes(root), []
-    for folder in survey(root):
-        if folder.in_use:
-            skipped.append(folder.path)
-        else:
-            shutil.rmtree(folder.path)
-    return Cleaned(before - _bytes(root), skipped)
+    before = _bytes(root)
+    in_use = _each(survey(root), lambda folder: remove_folder(folder.path))
+    return Cleaned(before - _bytes(root), in_use)
+
+
+def _each(found: Iterable[Folder], work: Callable[[Folder], None]) -> list[Path]:
+    """Does it to each, and returns those that a server has."""
+    in_use = []
+    for folder in found:
+        try:
+            work(folder)
+        except BlockingIOError:
+            in_use.append(folder.path)
+    return in_use
+
+
+def _remove_what_is_useless(folder: Folder) -> None:
+    if folder.model_path is not None and not Path(folder.model_path).exists():
+        remove_folder(folder.path)
+    else:
+        _shrink(folder.path, 0)
 
 
 def _shrink(directory: Path, wanted: int) -> None:
@@ -88,23 +100,21 @@ def _shrink(directory: Path, wanted: int) -> None:
     store = Store(directory, Limits(1, 1, 0))
     try:
         store.shrink(wanted)
-        shutil.rmtree(directory / TORN, ignore_errors=True)
+        remove_torn(directory)
     finally:
         store.close()
 
 
 def _look(directory: Path) -> Folder:
-    stats = []
-    for path in entries(directory):
-        with contextlib.suppress(FileNotFoundError):
-            stats.append(path.stat())
+    stats = entry_stats(directory)
     about = {}
     with contextlib.suppress(OSError, ValueError):
         about = json.loads((directory / ABOUT).read_bytes())
+    named = about if isinstance(about, dict) else {}
     return Folder(
         directory,
-        about.get("model"),
-        about.get("path"),
+        named.get("model"),
+        named.get("path"),
         len(stats),
         sum(stat.st_size for stat in stats),
         _tree_bytes(directory / TORN),

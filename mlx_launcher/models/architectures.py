@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PLAIN = "KVCache"
+# In a `shard`. Qwen 3.5's repeats those that are fewer than the machines; what that takes is not counted here.
+_SPLITS_KV_HEADS = re.compile(r"\b(?:n_kv_heads|num_key_value_heads|num_kv_heads) (?://= N|= max\()")
 
 
 class Architecture(NamedTuple):
@@ -22,6 +24,7 @@ class Architecture(NamedTuple):
     full_attention_by_default: bool  # without `layer_types` in the configuration
     latent: bool  # keys and values are kept compressed (multi-head latent attention)
     tensor: bool  # mlx-lm can split each layer among machines
+    splits_kv_heads: bool  # and divides its key-value heads then; else every machine keeps them in whole, or has none
     pipeline: bool  # mlx-lm can split the model layer by layer
 
 
@@ -33,11 +36,10 @@ def architecture(config: dict[str, Any]) -> Architecture | None:
     return _read(root, _module_name(root, config))
 
 
-def splits(config: dict[str, Any]) -> frozenset[str]:
-    """How mlx-lm can split this model among machines: "tensor", each layer, and "pipeline", layer by layer."""
-    loaded_by = architecture(config)
-    ways = {"tensor": loaded_by.tensor, "pipeline": loaded_by.pipeline} if loaded_by else {}
-    return frozenset(way for way, possible in ways.items() if possible)
+def defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """What mlx-lm takes where this configuration of a text model has nothing; {} where its source does not tell."""
+    root = _package()
+    return _defaults(root, _module_name(root, config)) if root and "model_type" in config else {}
 
 
 def mlx_lm_is_installed() -> bool:
@@ -83,30 +85,41 @@ def _table(root: Path, name: str) -> dict[Any, Any]:
 
 
 @lru_cache
+def _defaults(root: Path, name: str) -> dict[str, Any]:
+    found = _Source(root, name).find_class("ModelArgs")
+    return {
+        part.target.id: part.value.value
+        for part in (found[1].body if found else [])
+        if isinstance(part, ast.AnnAssign)
+        and isinstance(part.target, ast.Name)
+        and isinstance(part.value, ast.Constant)
+    }
+
+
+@lru_cache
 def _read(root: Path, name: str) -> Architecture | None:
-    if not re.fullmatch(r"[\w-]+", name, re.ASCII):
-        return None
     source = _Source(root, name)
     if source.find_class("Model") is None:
         return None
-    text, states = source.text, source.states("Model")
+    text, states, sharder = source.text, source.states("Model"), source.having("Model", "shard")
     return Architecture(
         module=name,
         states=frozenset({PLAIN} if states is None else states),
         full_attention_by_default=re.search(r'layer_types = \["full_attention"\] \*', text) is not None,
         latent=re.search(r"^from \.mla import", text, re.MULTILINE) is not None,
-        tensor=source.has_method("Model", "shard"),
+        tensor=sharder is not None,
+        splits_kv_heads=sharder is not None and _SPLITS_KV_HEADS.search(sharder.text) is not None,
         pipeline=source.pipelines(),
     )
 
 
 class _Source:
-    """One module of mlx_lm/models."""
+    """One module of mlx_lm/models; an empty one where there is none of that name."""
 
     def __init__(self, root: Path, name: str) -> None:
         self._root = root
         file = root / "models" / f"{name}.py"
-        tree = _parse(file)
+        tree = _parse(file) if re.fullmatch(r"[\w-]+", name, re.ASCII) else None
         self.text = file.read_text("utf-8") if tree else ""
         self._body = tree.body if tree else []
         self._classes = {node.name: node for node in self._body if isinstance(node, ast.ClassDef)}
@@ -137,20 +150,20 @@ class _Source:
                 return inherited
         return None
 
-    def has_method(self, class_name: str, method: str) -> bool:
-        """Whether the class has it, its own or an inherited one."""
+    def having(self, class_name: str, method: str) -> "_Source | None":
+        """Where the class's method is, its own or an inherited one; None where it has none."""
         found = self.find_class(class_name)
         if found is None:
-            return False
+            return None
         source, node = found
         if any(isinstance(part, ast.FunctionDef) and part.name == method for part in node.body):
-            return True
+            return source
         for base in node.bases:
-            if isinstance(base, ast.Name) and source.has_method(base.id, method):
-                return True
+            if isinstance(base, ast.Name) and (inherited := source.having(base.id, method)):
+                return inherited
             if isinstance(base, ast.Attribute) and isinstance(base.value, ast.Name):
-                return _Source(self._root, base.value.id).has_method(base.attr, method)
-        return False
+                return _Source(self._root, base.value.id).having(base.attr, method)
+        return None
 
     def pipelines(self) -> bool:
         """Whether what `Model` offers as `model` has mlx-lm's PipelineMixin: `sharded_load` looks for it there."""
@@ -169,7 +182,7 @@ class _Source:
         if found is None:
             return False
         mixed_in = any(isinstance(base, ast.Name) and base.id == "PipelineMixin" for base in found[1].bases)
-        return mixed_in or self.has_method(class_name, "pipeline")
+        return mixed_in or self.having(class_name, "pipeline") is not None
 
     def _inherits_own(self, node: ast.ClassDef) -> bool:
         """Whether a base is a class of mlx_lm/models."""

@@ -56,8 +56,8 @@ def check(path: Path) -> int:
 def _indexed(path: Path) -> set[str]:
     index = path / "model.safetensors.index.json"
     try:
-        return set(json.loads(index.read_bytes())["weight_map"].values())
+        return {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
     except FileNotFoundError:
         return set()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BrokenModelError(f"{index} cannot be read", _AGAIN) from None

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from mlx_launcher.errors import LaunchError
 from mlx_launcher.models.directory import BrokenModelError, check, read_config
 from mlx_launcher.models.places import hub_cache, repository
-from mlx_launcher.models.resolve import split_hub_name
+from mlx_launcher.models.resolve import CONVERTED, split_hub_name
 
 Say = Callable[[str, dict[str, int]], object]
 
@@ -67,6 +67,7 @@ def fetch_config(name: str) -> dict[str, Any]:
     """config.json of `org/name[@revision]` as the hub has it; nothing of it stays on this machine. LaunchError as `download`."""
     repo, revision = split_hub_name(name)
     import huggingface_hub
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     _be_quiet()
     endpoint = os.environ.get("HF_ENDPOINT") or None
@@ -78,6 +79,8 @@ def fetch_config(name: str) -> dict[str, Any]:
             return read_config(Path(file).parent)
         except BrokenModelError as error:
             raise LaunchError("model_incomplete", f"{name} on the hub: {error.reason}", "Choose another") from None
+        except RemoteEntryNotFoundError:
+            raise LaunchError("model_unsupported", f"{name} has no config.json on the hub", CONVERTED) from None
         except Exception as error:  # whatever HTTP library the hub's client is built on this year
             raise _explained(name, error) from None
 
@@ -136,8 +139,7 @@ def _wanted(repo: str, siblings: Iterable[Any]) -> list[_File]:
     if not any(fnmatch(file.name, "model*.safetensors") for file in wanted):
         kind = " (it holds GGUF, llama.cpp's format)" if any(file.name.endswith(".gguf") for file in files) else ""
         what = f"{repo} has no model*.safetensors, which MLX needs{kind}"
-        hint = "Look for the same model converted to MLX, at huggingface.co/mlx-community for example"
-        raise LaunchError("model_unsupported", what, hint)
+        raise LaunchError("model_unsupported", what, CONVERTED)
     return wanted
 
 

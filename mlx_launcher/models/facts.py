@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_launcher.errors import LaunchError
-from mlx_launcher.models.architectures import PLAIN, Architecture, architecture, mlx_lm_is_installed, states_of_mlx_lm
+from mlx_launcher.models.architectures import (
+    PLAIN,
+    Architecture,
+    architecture,
+    defaults,
+    mlx_lm_is_installed,
+    states_of_mlx_lm,
+)
 from mlx_launcher.models.directory import BrokenModelError, check, read_config, weight_files
 from mlx_launcher.models.safetensors import TornFileError, read_header
 
@@ -22,6 +29,15 @@ DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _WINDOWS = {"RotatingKVCache", "ChunkedKVCache"}
 # Where models with several parts keep the numbers of the one that writes text.
 _TEXT_PARTS = ("text_config", "language_config", "llm_config")
+# Of what a configuration may leave out to mlx-lm, that which says how much a layer keeps: Gemma 3's does.
+_LEFT_OUT = (
+    *("head_dim", "global_head_dim", "index_head_dim", "num_kv_shared_layers"),
+    *("sliding_window", "sliding_window_pattern", "full_attention_interval"),
+)
+LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+KV_HEADS = ("num_key_value_heads", "n_kv_heads", "num_attention_groups")
+# As `layer_types` calls a layer that keeps every token; the shorter is that of models with Mamba's layers.
+WHOLE_ATTENTION = ("full_attention", "attention")
 
 
 @dataclass(frozen=True)
@@ -65,7 +81,7 @@ def facts(path: Path) -> Facts:
     tensors = read_tensors(path)
     loaded_by = architecture(config)
     cache, states = cache_kind(text, loaded_by)
-    layers = number(text, "num_hidden_layers", "n_layers", "n_layer", "num_layers")
+    layers = number(text, *LAYERS)
     dtype = weights_dtype(tensors, text)
     return Facts(
         path=path,
@@ -77,9 +93,7 @@ def facts(path: Path) -> Facts:
         dtype=dtype,
         weight_bytes=weight_bytes,
         parameters=_parameters(tensors, config),
-        context=number(
-            text, "max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "seq_length"
-        ),
+        context=context_length(config),
         layers=layers,
         kv_bytes_per_token=_kv_bytes(text, loaded_by, cache, layers, dtype),
     )
@@ -98,11 +112,16 @@ def serves(model: Facts) -> str | None:
 def refuse_unknown(model: Facts) -> None:
     """LaunchError `architecture_unsupported` for what no backend here can serve."""
     if not model.known:
-        raise LaunchError(
-            "architecture_unsupported",
-            f"the architecture {model.architecture} of {model.path} is none that the installed mlx-lm can load",
-            "Choose a model of another family, or look for a newer release of mlx-launch",
-        )
+        raise unknown(f"{model.architecture} of {model.path}")
+
+
+def unknown(what: str) -> LaunchError:
+    """LaunchError `architecture_unsupported` for the name of an architecture."""
+    return LaunchError(
+        "architecture_unsupported",
+        f"the architecture {what} is none that the installed mlx-lm can load",
+        "Choose a model of another family, or look for a newer release of mlx-launch",
+    )
 
 
 def refuse_unserved(model: Facts) -> None:
@@ -122,8 +141,11 @@ def why_not_textgen(model: Facts) -> str | None:
 
 
 def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json says of the part that writes text, and what mlx-lm takes where it says nothing of a layer's state."""
     parts = [part for name in _TEXT_PARTS if isinstance(part := config.get(name), dict)]
-    return {**config, **(parts[0] if parts else {})}
+    said = {**config, **(parts[0] if parts else {})}
+    taken = defaults(said)
+    return {**{name: taken[name] for name in _LEFT_OUT if name in taken}, **said}
 
 
 def number(config: Mapping[str, Any], *names: str) -> int | None:
@@ -133,6 +155,19 @@ def number(config: Mapping[str, Any], *names: str) -> int | None:
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
     return None
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """How many tokens a model was made for, at most, by its config.json."""
+    return number(
+        text_part(config),
+        *("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "seq_length"),
+    )
+
+
+def vocabulary_size(config: Mapping[str, Any]) -> int | None:
+    """How many tokens a model tells apart, by its config.json."""
+    return number(text_part(config), "vocab_size")
 
 
 def read_tensors(path: Path) -> Tensors:
@@ -216,28 +251,36 @@ def _kv_bytes(
     return _growing_layers(config, cache, layers) * width * DTYPE_BYTES[dtype]
 
 
-def kv_width(config: Mapping[str, Any], loaded_by: Architecture | None) -> int | None:
-    """How many numbers one layer keeps of one token."""
+def kv_width(config: Mapping[str, Any], loaded_by: Architecture | None, windowed: bool = False) -> int | None:
+    """How many numbers one layer keeps of one token; `windowed` one that keeps the last tokens alone."""
     heads = number(config, "num_attention_heads", "n_heads", "n_head")
     rope = number(config, "qk_rope_head_dim")
     if rope and (rank := number(config, "kv_lora_rank")):
         if loaded_by is not None and loaded_by.latent:
-            return rank + rope
+            # DeepSeek's sparse attention has an index beside, which mlx-lm keeps twice; else two caches are two attentions.
+            index = number(config, "index_head_dim") or 0
+            return (rank + rope) * (2 if "CacheList" in loaded_by.states and not index else 1) + 2 * index
         nope, value = number(config, "qk_nope_head_dim"), number(config, "v_head_dim")
         if heads and nope and value:
             return heads * (nope + rope + value)
     hidden = number(config, "hidden_size", "n_embd", "d_model", "dim")
     size = number(config, "head_dim") or (hidden // heads if hidden and heads else None)
-    kv_heads = number(config, "num_key_value_heads", "n_kv_heads") or heads
+    kv_heads = number(config, *KV_HEADS) or heads
+    if not windowed:  # Gemma 4's other layers have heads of their own
+        size = number(config, "global_head_dim") or size
+        kv_heads = (
+            number(config, "num_global_key_value_heads") if config.get("attention_k_eq_v") else None
+        ) or kv_heads
     return 2 * kv_heads * size if kv_heads and size else None
 
 
 def _growing_layers(config: Mapping[str, Any], cache: Cache, layers: int) -> int:
-    """The layers that keep every token: the others keep a window, or a state of one size."""
+    """The layers that keep every token: the others keep a window, a state of one size, or nothing of their own."""
+    own = max(0, layers - (number(config, "num_kv_shared_layers") or 0))
     if cache in ("plain", "unknown"):
-        return layers
+        return own
     kinds = config.get("layer_types")
     if isinstance(kinds, list) and kinds:
-        return sum(kind == "full_attention" for kind in kinds)
+        return sum(kind in WHOLE_ATTENTION for kind in kinds[:own])
     every = number(config, "full_attention_interval", "sliding_window_pattern")
-    return layers // every if every else layers
+    return own // every if every else own

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_launcher.errors import LaunchError
-from mlx_launcher.models.facts import Tensors, text_part, weights_dtype
+from mlx_launcher.models.architectures import architecture, mlx_lm_is_installed
+from mlx_launcher.models.facts import Tensors, text_part, unknown, weights_dtype
 
 _BUILD_S = 60.0  # importing mlx-lm is nearly all of it, 2 s on two Linux cores
 _SAFETENSORS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -38,7 +39,15 @@ print(json.dumps({name: [kinds.get(tensor.dtype), tensor.shape] for name, tensor
 
 
 def outline(config: Mapping[str, Any]) -> Tensors:
-    """Type and shape of every tensor; LaunchError `model_unsupported` where mlx-lm cannot build the model."""
+    """Type and shape of every tensor.
+
+    LaunchError `architecture_unsupported` for one that mlx-lm does not know, `model_unsupported` where it cannot build the model.
+    """
+    if architecture(config) is None and mlx_lm_is_installed():
+        raise unknown(config["model_type"])
+    packing = config.get("quantization") or config.get("quantization_config")
+    if isinstance(packing, dict) and not {"bits", "group_size"} <= packing.keys():
+        raise _unsupported(config, f"it does not say which weights are packed how ({packing.get('quant_method')})")
     command = [sys.executable, "-P", "-c", _BUILD]
     said = json.dumps(config)
     try:

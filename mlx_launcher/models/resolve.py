@@ -65,10 +65,10 @@ def refuse_other_formats(path: Path) -> None:
         return
     other = next((reason for pattern, reason in _OTHER_FORMATS if next(path.glob(pattern), None)), None)
     if other:
-        raise LaunchError("model_unsupported", f"{path} {other}", _CONVERTED)
+        raise LaunchError("model_unsupported", f"{path} {other}", CONVERTED)
 
 
-_CONVERTED = "Look for the same model converted to MLX, at huggingface.co/mlx-community for example"
+CONVERTED = "Look for the same model converted to MLX, at huggingface.co/mlx-community for example"
 # Adapters first: their directories may hold PyTorch files too.
 _OTHER_FORMATS = (
     ("adapter*.safetensors", "holds an adapter, not a model: MLX needs the model that it was fused into"),
@@ -84,7 +84,7 @@ def _not_a_directory(path: Path) -> LaunchError:
         return LaunchError("model_not_found", f"{path} is a link to what is not there", NAME_A_MODEL)
     if path.suffix.lower() == ".gguf":
         what = f"{path} is a GGUF file, llama.cpp's format: MLX needs a directory with model*.safetensors"
-        return LaunchError("model_unsupported", what, _CONVERTED)
+        return LaunchError("model_unsupported", what, CONVERTED)
     hint = "Give the directory that the file lies in"
     return LaunchError("model_unsupported", f"{path} is a file, not a model", hint)
 

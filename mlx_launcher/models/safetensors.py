@@ -49,7 +49,7 @@ def _read(path: Path) -> dict[str, Any]:
         header = json.loads(raw)
         ends = [_end(tensor) for name, tensor in header.items() if name != "__metadata__"]
         expected = _LENGTH.size + length + max(ends, default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TornFileError(f"{path} is torn: its header is not a safetensors header") from error
     if size != expected:
         raise TornFileError(f"{path} is torn: its header promises {expected} bytes, the file has {size}")
@@ -57,9 +57,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _end(tensor: Any) -> int:
-    if not isinstance(tensor["dtype"], str) or not all(type(count) is int and count >= 0 for count in tensor["shape"]):
-        raise ValueError("a tensor has a type and a shape")
-    return int(tensor["data_offsets"][1])
+    begin, end = tensor["data_offsets"]
+    if not isinstance(tensor["dtype"], str) or not all(map(_is_count, (begin, end, *tensor["shape"]))) or begin > end:
+        raise ValueError("a tensor has a type, a shape and a place")
+    return int(end)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def data_bytes(path: Path) -> int:

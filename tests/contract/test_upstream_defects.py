@@ -77,3 +77,8 @@ def test_it_patches_the_rotating_cache(facts: dict[str, Any]) -> None:
 
 def test_a_logit_bias_breaks_it(facts: dict[str, Any]) -> None:
     assert "logit_key" in (facts["logit_bias"] or "")
+
+
+def test_log_probabilities_are_of_what_the_temperature_left(facts: dict[str, Any]) -> None:
+    # Of the logits 1 and 2 it is -0.31.
+    assert facts["logprob_of_a_likely_token"] == 0.0

@@ -57,6 +57,8 @@ facts["streamed_auto_compares_a_list"] = "len([s for s in status if status == 't
 )
 bias = SamplingParams(logit_bias={1: 1.0})
 facts["logit_bias"] = raised(lambda: Sampler(bias).sample(mx.zeros((1, 8)), mx.array([[1]]), 0))
+told = Sampler(SamplingParams(logprobs=True)).sample(mx.array([[1.0, 2.0]]), mx.array([[1]]), 0)[1]
+facts["logprob_of_a_likely_token"] = told[0, 1].item()
 facts["patches_rotating_cache"] = RotatingKVCache.update_and_fetch is rotating_kv_cache_patch.new_update_and_fetch
 
 torn = manager("torn")

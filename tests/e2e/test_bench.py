@@ -1,11 +1,13 @@
 """`mlx-launch bench` as a user runs it: both backends, beside a server that runs, and whatever ends it."""
 
+import contextlib
 import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +20,22 @@ TIMES = ("first_request_s", "follow_up_s", "after_restart_s")
 
 def bench(launcher: Launcher, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return launcher.command("--json", "bench", "--turns", "2", *arguments, timeout_s=110)
+
+
+@contextlib.contextmanager
+def begun(launcher: Launcher, *arguments: str) -> "Iterator[subprocess.Popen[str]]":
+    """One that is at its first request."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlx_launcher", "--state-dir", str(launcher.state_dir), "bench", *arguments],
+        env={**os.environ, "MLX_LAUNCH_TEST": str(launcher.state_dir)},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    with process:
+        assert process.stderr
+        until(functools.partial(says, process.stderr, "first request"))
+        yield process
 
 
 def says(stream: IO[str], text: str) -> bool:
@@ -93,17 +111,8 @@ def test_a_backend_that_fails_is_a_row_with_its_reason(launcher: Launcher, rando
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_what_ends_it_leaves_nothing(launcher: Launcher, random_model: Path, number: signal.Signals) -> None:
-    argv = ["bench", "--model", str(random_model), "--prompt-tokens", "6000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlx_launcher", "--state-dir", str(launcher.state_dir), *argv],
-        env={**os.environ, "MLX_LAUNCH_TEST": str(launcher.state_dir)},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-    with process:
+    with begun(launcher, "--model", str(random_model), "--prompt-tokens", "6000") as process:
         assert process.stderr
-        until(functools.partial(says, process.stderr, "first request"))
         process.send_signal(number)
         assert process.stderr.read().endswith("mlx-launch: interrupted.\n")
     assert process.returncode == 130
@@ -112,17 +121,7 @@ def test_what_ends_it_leaves_nothing(launcher: Launcher, random_model: Path, num
 
 
 def test_what_a_killed_one_left_goes_with_the_next(launcher: Launcher) -> None:
-    argv = ["--state-dir", str(launcher.state_dir), "bench", "--demo", "--backends", "mlx"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlx_launcher", *argv],
-        env={**os.environ, "MLX_LAUNCH_TEST": str(launcher.state_dir)},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-    with process:
-        assert process.stderr
-        until(functools.partial(says, process.stderr, "first request"))
+    with begun(launcher, "--demo", "--backends", "mlx") as process:
         process.kill()
     until(lambda: launcher.processes() == [])
     assert len(left(launcher)) == 1

@@ -210,3 +210,32 @@ def test_it_changes_nothing_and_imports_no_mlx(patient: Patient) -> None:
     code += "sys.exit('mlx' in sys.modules or 'pydantic' not in sys.modules)"
     assert patient.run(f'{sys.executable} -c "{code}"').returncode == 0
     assert everything() == before
+
+
+def test_what_lies_where_nobody_may_look(patient: Patient, tmp_path: Path) -> None:
+    """A check that cannot see something says so; it does not break."""
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    patient.configure({"pythonVenv": str(locked / "venv")}, cache={"dir": str(locked / "in" / "cache")})
+    locked.chmod(0)
+    found = one(patient, "disk", "warning")
+    assert f"{locked} cannot be written to" in found["found"]
+    is_mended_by(patient, found["remedy"])
+
+
+def test_a_home_where_nobody_may_look(patient: Patient, tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o000)
+    patient.environment["HOME"] = str(locked / "in")
+    patient.environment["MLX_LAUNCH_CONFIG"] = str(patient.file)
+    found = one(patient, "home", "failed")
+    assert "is not there" in found["found"]
+
+
+def test_a_configuration_where_nothing_is_yet(patient: Patient, tmp_path: Path) -> None:
+    patient.environment["MLX_LAUNCH_CONFIG"] = str(tmp_path / "a" / "b" / ".anyclauderc.json")
+    (found,) = patient.findings(preexec=drop_capabilities)
+    assert (found["name"], found["result"]) == ("configuration", "failed")
+    done = patient.run(found["remedy"], drop_capabilities)
+    assert done.returncode == 0, done.stderr
+    assert [check["name"] for check in patient.findings() if check["name"] == "configuration"] == []

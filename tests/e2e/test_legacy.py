@@ -78,6 +78,7 @@ def test_phases_health_and_models(demo: Host) -> None:
     assert http_request(demo.port, "/v1/models/m").json["id"] == "m"
     assert http_request(demo.port, "/v1/models/other").status == 404
     assert http_request(demo.port, "/nowhere").json["error"]["type"] == "not_found_error"
+    assert "nothing at /;" in http_request(demo.port, "/").json["error"]["message"]
 
 
 def test_nothing_is_answered_before_a_token_is_proved(models: Path) -> None:

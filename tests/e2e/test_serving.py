@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import threading
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -14,7 +15,7 @@ from support.waiting import until
 
 from mlx_launcher.demo import AFTER_RESULT, GREETING
 
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "get_weather",
@@ -171,3 +172,32 @@ def test_nothing_of_a_prompt_or_an_answer_is_written_to_a_log(demo: Launcher) ->
     assert any(path.name == "server.log" for path in logs)
     assert [path for path in logs if b"Xylophone" in path.read_bytes() or (b"and every part in between" in path.read_bytes()
             and "models" not in path.parts)] == []  # fmt: skip
+
+
+def test_an_empty_prompt_is_a_400(demo: Launcher) -> None:
+    for prompt in ("", ["Hello!", ""]):
+        reply = http_request(demo.port, "/v1/completions", {"prompt": prompt, "max_tokens": 3})
+        assert reply.status == 400
+        assert reply.json["error"]["param"] == "prompt"
+
+
+def test_a_seed_repeats_all_answers_and_they_are_several(launcher: Launcher, random_model: Path) -> None:
+    launcher.start("--model", str(random_model))
+
+    def answers(**fields: Any) -> list[str]:
+        body = {"prompt": "abc", "n": 3, "temperature": 1.0, "max_tokens": 8, **fields}
+        reply = http_request(launcher.port, "/v1/completions", body)
+        return [choice["text"] for choice in reply.json["choices"]]
+
+    first, unseeded, again, other = answers(seed=7), answers(), answers(seed=7), answers()
+    assert first == again
+    assert len({*first, *unseeded, *other}) == 9, "only what has the seed repeats"
+
+
+def test_a_tool_is_called_though_its_schema_has_what_no_grammar_follows(demo: Launcher) -> None:
+    parameters = {**WEATHER["function"]["parameters"], "propertyNames": {"type": "string"}}
+    tool = {"type": "function", "function": {**WEATHER["function"], "parameters": parameters}}
+    reply = chat(demo.port, "What is the weather?", tools=[tool])
+    assert reply.status == 200, reply.body
+    (call,) = reply.json["choices"][0]["message"]["tool_calls"]
+    assert set(json.loads(call["function"]["arguments"])) == {"city", "days", "unit"}

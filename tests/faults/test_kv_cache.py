@@ -128,11 +128,19 @@ def garbage(path: Path) -> None:
     path.write_bytes(os.urandom(500))
 
 
+def turn_signs(path: Path) -> None:
+    """As long as before, and with the header that it had."""
+    raw = bytearray(path.read_bytes())
+    for position in range(8 + int.from_bytes(raw[:8], "little") + 3, len(raw), 4):
+        raw[position] ^= 0x80
+    path.write_bytes(raw)
+
+
 def remove(path: Path) -> None:
     path.unlink()
 
 
-@pytest.mark.parametrize("spoil", [spoil_header, tear, garbage, remove])
+@pytest.mark.parametrize("spoil", [spoil_header, tear, garbage, turn_signs, remove])
 @pytest.mark.parametrize("while_serving", [False, True])
 def test_49_what_is_torn_or_missing_is_set_aside_and_made_again(
     model: Path, directory: Path, spoil: Callable[[Path], None], while_serving: bool

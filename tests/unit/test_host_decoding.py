@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_launcher.host.corrections import Detokenizer, Sampler, SamplingParams
@@ -12,7 +13,8 @@ from mlx_launcher.host.decoding import Sequence
 from mlx_launcher.host.engine import Counters
 from mlx_launcher.host.events import Ended, Event
 from mlx_launcher.host.prefill import LONG_BATCH_S, MAX_BATCH, QUICK_BATCH_S, SLOW_BATCH_S, Prefill
-from mlx_launcher.host.reading import TextReader
+from mlx_launcher.host.reading import CallReader, TextReader
+from mlx_launcher.host.styles import HERMES
 
 VOCABULARY = 32
 PROMPT = [3, 1, 4]
@@ -133,6 +135,24 @@ def test_a_penalty_sees_the_tokens_before() -> None:
 
     assert told(sequence(Repeating()), max_tokens=3)[0] == "5 5 5 "
     assert told(sequence(Repeating(), presence_penalty=0.5), max_tokens=3)[0] == "5 6 7 "
+
+
+def test_what_an_answer_is_cut_in_is_told_where_it_is_no_call() -> None:
+    class Writing(Counting):
+        def add_tokens(self, tokens: list[list[int]]) -> None:
+            self.last_segments = ["a <tool"]
+
+    text, ended = told(sequence(Writing(), CallReader(HERMES, [], begun=False, single=False)), max_tokens=1)
+    assert (text, ended.reason) == ("a <tool", "length")
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 2.0, "top_k": 1}])
+def test_log_probabilities_are_the_model_s_own(sampling: dict[str, Any]) -> None:
+    logits = mx.array([[1.0, 3.0, 2.0]])
+    token, known = Sampler(SamplingParams(logprobs=True, **sampling)).sample(logits, mx.array([[0]]), 1)
+    assert token.item() == 1
+    assert known is not None
+    assert np.array(known)[0] == pytest.approx([-2.4076, -0.4076, -1.4076], abs=1e-3)
 
 
 def test_text_waits_until_its_characters_are_whole() -> None:

@@ -317,3 +317,32 @@ def test_a_full_queue_names_how_many_wait() -> None:
     with pytest.raises(QueueFullError, match="2 requests"):
         engine.submit(jobs[3])
     engine.cancel_all()
+
+
+def test_whose_client_has_left_takes_no_place_in_the_queue() -> None:
+    runtime = Scripted()
+    runtime.gate.clear()
+    engine = started(runtime)
+    jobs = [Job(Generation(prompts=["x"]), lambda event: None) for _ in range(5)]
+    for job in jobs[:3]:
+        engine.submit(job)
+    for job in jobs[1:3]:
+        job.cancelled.set()
+    for job in jobs[3:]:
+        engine.submit(job)
+    with pytest.raises(QueueFullError, match="2 requests"):
+        engine.submit(Job(Generation(prompts=["x"]), lambda event: None))
+    engine.cancel_all()
+
+
+def test_what_nobody_foresaw_is_a_500_and_its_message_is_not_logged(
+    app: App, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("a secret prompt")
+
+    monkeypatch.setattr("mlx_launcher.host.app.check_model", fail)
+    status, _, body = asyncio.run(ask(app, CHAT, HELLO))
+    assert (status, json.loads(body)["error"]["type"]) == (500, "server_error")
+    assert "ZeroDivisionError" in caplog.text
+    assert "secret" not in caplog.text + body.decode()

@@ -65,6 +65,34 @@ def test_a_tool_call_is_of_one_tool_with_its_own_schema(guides: Guides, tokenize
     assert not allowed("go", {})
 
 
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"uniqueItems": True},
+        {"propertyNames": {"type": "string"}},
+        {"if": {}, "then": {}},
+        {"not": {"type": "string"}},
+        {"format": "of-its-own"},
+    ],
+)
+def test_a_tool_is_called_also_where_its_schema_asks_for_more_than_can_be_followed(
+    guides: Guides, tokenizer: Any, keywords: dict[str, Any]
+) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string"}, "b": keywords}, "required": ["a"]}
+    grammar = tool_call_grammar([Tool("go", schema), Tool("wait", COUNT)])
+    assert accepts(guides, tokenizer, grammar, '{"name": "go", "arguments": {"a": "x"}}')
+    assert accepts(guides, tokenizer, grammar, '{"name": "wait", "arguments": {"count": 3}}')
+    # The rest of it holds.
+    assert not accepts(guides, tokenizer, grammar, '{"name": "go", "arguments": {"a": 1}}')
+
+
+@pytest.mark.parametrize("wrong", [{"type": "objekt"}, {"$ref": "http://nowhere.invalid/x"}, {"pattern": "(?!x)a"}])
+def test_a_schema_that_is_none_leaves_an_object(guides: Guides, tokenizer: Any, wrong: dict[str, Any]) -> None:
+    grammar = tool_call_grammar([Tool("go", {"type": "object", "properties": {"a": {"type": "string", **wrong}}})])
+    assert accepts(guides, tokenizer, grammar, '{"name": "go", "arguments": {"a": 1}}')
+    assert not accepts(guides, tokenizer, grammar, '{"name": "go", "arguments": []}')
+
+
 def test_a_tool_name_with_quotes_is_followed(guides: Guides, tokenizer: Any) -> None:
     grammar = tool_call_grammar([Tool('a"b\\c', {"type": "object"})])
     assert accepts(guides, tokenizer, grammar, json.dumps({"name": 'a"b\\c', "arguments": {}}))

@@ -33,6 +33,8 @@ def refusal(raw: bytes) -> RequestError:
         (b"[]", None),
         (b"[" * 100_000, None),
         (b"\xff", None),
+        (chat().decode().encode("utf-16"), None),
+        (b'{"messages": [{"role": "user", "content": "\xed\xa0\xbd"}]}', None),
         (b"{}", "messages"),
         (chat(messages=[]), "messages"),
         (chat(messages=None), "messages"),
@@ -56,6 +58,18 @@ def test_a_bad_request_is_a_400_that_names_the_part(raw: bytes, param: str | Non
     error = refusal(raw)
     assert error.status == 400
     assert error.param == param or (error.param or "").startswith(f"{param}.")
+
+
+@pytest.mark.parametrize("half", ["\ud83d", "\ude00\ud83d"])
+def test_half_a_character_is_no_reason_to_refuse_a_conversation(half: str) -> None:
+    tool = {"type": "function", "function": {"name": "a", "description": f"{half}\U0001f600"}}
+    messages = [{"role": "user", "content": [{"type": "text", "text": f"cut {half} here"}]}]
+    generation = parse_chat(chat(messages=messages, tools=[tool], stop=half))[1]
+    replaced = "\ufffd" * len(half)
+    assert generation.messages == [{"role": "user", "content": [{"type": "text", "text": f"cut {replaced} here"}]}]
+    assert generation.tools is not None
+    assert generation.tools[0]["function"]["description"] == f"{replaced}\U0001f600"
+    assert generation.stop == [replaced]
 
 
 def test_null_means_the_default_wherever_openai_says_so() -> None:

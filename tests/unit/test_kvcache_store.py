@@ -1,3 +1,4 @@
+import fcntl
 import itertools
 import os
 import shutil
@@ -82,6 +83,7 @@ def test_a_turn_writes_its_new_tokens_and_nothing_else(directory: Path) -> None:
 
 def test_what_two_conversations_share_is_on_the_disk_once(directory: Path) -> None:
     store = Store(directory, ROOMY)
+    kept(store, numbers((0, 1000)))
     kept(store, numbers((0, 1000), (5000, 5100)))
     kept(store, numbers((0, 1000), (6000, 6100)))
     assert store.summary()["entries"] == 2
@@ -158,6 +160,25 @@ def test_the_bound_counts_all_models_and_unused_ones_give_way(tmp_path: Path) ->
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) <= 3 * one
 
 
+def test_an_entry_that_another_server_removes_meanwhile_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = open_store(tmp_path, "a" * 16, ROOMY)
+    kept(other, [1] * 50)
+    gone = files(other.directory)[0]
+    stat = Path.stat
+
+    def vanished(path: Path, **given: bool) -> os.stat_result:
+        if path == gone:
+            raise FileNotFoundError(path)
+        return stat(path, **given)
+
+    store = open_store(tmp_path, "b" * 16, ROOMY._replace(max_bytes=1000))
+    monkeypatch.setattr(Path, "stat", vanished)
+    assert not kept(store, [2] * 500)
+    assert kept(store, [2] * 10)
+
+
 def test_a_second_server_of_the_model_gets_a_folder_of_its_own(tmp_path: Path) -> None:
     first = open_store(tmp_path, "a" * 16, ROOMY)
     second = open_store(tmp_path, "a" * 16, ROOMY)
@@ -168,6 +189,42 @@ def test_a_second_server_of_the_model_gets_a_folder_of_its_own(tmp_path: Path) -
     directory = first.directory
     first.close()
     assert open_store(tmp_path, "a" * 16, ROOMY).directory == directory
+
+
+def test_a_folder_that_others_may_read_is_closed_to_them(directory: Path) -> None:
+    directory.mkdir(parents=True)
+    directory.chmod(0o777)
+    Store(directory, ROOMY)
+    assert directory.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_that_was_removed_meanwhile_is_made_again(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the lock's opening and its locking."""
+    lock, removed = fcntl.flock, list[Path]()
+
+    def late(descriptor: int, how: int) -> None:
+        if not removed:
+            removed.append(directory)
+            shutil.rmtree(directory)
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    store = Store(directory, ROOMY)
+    monkeypatch.undo()
+    assert kept(store, [1] * 50)
+    with pytest.raises(BlockingIOError):
+        Store(directory, ROOMY)
+
+
+def test_a_link_in_place_of_the_folder_for_torn_files_is_not_followed(directory: Path, tmp_path: Path) -> None:
+    store = Store(directory, ROOMY)
+    kept(store, [1] * 50)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (directory / "torn").symlink_to(elsewhere)
+    files(directory)[0].write_bytes(b"torn")
+    store = reopened(store)
+    assert (store.summary()["torn"], usable(store, [1] * 51), list(elsewhere.iterdir())) == (1, 0, [])
 
 
 Usage = namedtuple("Usage", "total used free")
@@ -279,9 +336,32 @@ def test_any_conversations_match_as_a_plain_list_of_them_would(
         assert all(child.start <= parent.end for parent, child in itertools.pairwise(line))
 
 
+def test_conversations_that_part_where_an_entry_ends_are_counted_too(directory: Path) -> None:
+    store = Store(directory, ROOMY._replace(slots=3))
+    kept(store, numbers((0, 100)))
+    for number in range(1000, 1006):
+        kept(store, [*range(100), *([number] * 50)])
+        assert store.summary()["entries"] <= 3
+    assert [usable(store, [*range(100), *([number] * 51)]) for number in (1000, 1005)] == [100, 150]
+
+
+def test_a_conversation_whose_turns_each_leave_something_off_counts_once(directory: Path) -> None:
+    store = Store(directory, ROOMY._replace(slots=3))
+    for number in (1000, 2000):
+        kept(store, [number] * 50)
+    said: list[int] = []
+    for turn in range(10):
+        # A thought that the template shows in the last turn only.
+        kept(store, [*said, *([turn] * 20), *([5000] * 30)])
+        said += [turn] * 20
+    assert store.summary()["entries"] == 3
+    assert [usable(store, [number] * 51) for number in (1000, 2000)] == [50, 50]
+    assert usable(store, [*said, 7]) == 200
+
+
 def test_a_handful_of_shared_tokens_makes_no_line_depend_on_another(directory: Path) -> None:
     store = Store(directory, Limits(slots=2, min_tokens=100, max_bytes=1 << 40))
     for number in range(4):
         kept(store, [*range(50), *([number] * 200)])
-    assert all(segment.parent is None for segment in store.segments())
+    assert all(segment.parent is None for segment in store.lines())
     assert [usable(store, [*range(50), *([number] * 201)]) for number in range(4)] == [0, 0, 250, 250]

@@ -16,7 +16,7 @@ from mlx_launcher.demo import FAMILIES, build_random
 from mlx_launcher.errors import LaunchError
 from mlx_launcher.models import architectures
 from mlx_launcher.models.directory import BrokenModelError
-from mlx_launcher.models.facts import Facts, facts, refuse_unserved, serves
+from mlx_launcher.models.facts import Facts, context_length, facts, refuse_unserved, serves, vocabulary_size
 
 QWEN3_CODER = {
     "model_type": "qwen3_moe",
@@ -63,11 +63,37 @@ def test_qwen3_coder_keeps_96_kib_a_token(tmp_path: Path) -> None:
         ({"model_type": "deepseek_v2", **DEEPSEEK}, 10 * 16 * (128 + 64 + 128) * 2),
         # only the layers that keep every token
         ({"model_type": "qwen3_next", **SMALL, "full_attention_interval": 4}, 3 * 2 * 64 * 2),
-        ({"model_type": "gemma3_text", **SMALL, "sliding_window_pattern": 6}, 2 * 2 * 64 * 2),
+        ({"model_type": "gemma3_text", **SMALL, "head_dim": 16, "sliding_window_pattern": 6}, 2 * 2 * 64 * 2),
         (
-            {"model_type": "gpt_oss", **SMALL, "layer_types": ["sliding_attention", "full_attention"] * 6},
+            {
+                "model_type": "gpt_oss",
+                **SMALL,
+                "head_dim": 16,
+                "layer_types": ["sliding_attention", "full_attention"] * 6,
+            },
             6 * 2 * 64 * 2,
         ),
+        # Step's heads of keys and values have another name
+        ({"model_type": "step3p5", **SMALL, "head_dim": 16, "num_attention_groups": 2}, 12 * 2 * 2 * 16 * 2),
+        # the layers of Granite's hybrids are called otherwise
+        ({"model_type": "granitemoehybrid", **SMALL, "layer_types": ["mamba", "attention"] * 6}, 6 * 2 * 64 * 2),
+        # what a configuration leaves to mlx-lm: every sixth layer, heads of 256
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", **SMALL}}, 2 * 2 * 4 * 256 * 2),
+        # layers with heads of another size, and layers that keep nothing of their own
+        (
+            {
+                "model_type": "gemma4_text",
+                **SMALL,
+                "layer_types": ["sliding_attention", "full_attention"] * 6,
+                "head_dim": 16,
+                "global_head_dim": 32,
+                "num_kv_shared_layers": 4,
+            },
+            4 * 2 * 4 * 32 * 2,
+        ),
+        # an index beside the compressed keys and values; two attentions in a layer
+        ({"model_type": "deepseek_v32", **DEEPSEEK, "index_head_dim": 128}, 10 * (512 + 64 + 2 * 128) * 2),
+        ({"model_type": "longcat_flash", **DEEPSEEK}, 10 * 2 * (512 + 64) * 2),
         # the part of a vision-language model that writes
         ({"model_type": "qwen3_vl", "text_config": SMALL, "vision_config": {"hidden_size": 9}}, 12 * 2 * 64 * 2),
         ({"model_type": "llama"}, None),
@@ -243,3 +269,10 @@ def test_any_configuration_gives_facts(config: dict[str, Any], model_type: str) 
         model = facts(model_directory(Path(directory) / "m", {**config, "model_type": model_type}, PACKED))
     assert str(model.quantization)
     assert model.kv_bytes_per_token is None or model.kv_bytes_per_token >= 0
+
+
+def test_what_bounds_a_request_is_found_where_a_model_of_several_parts_keeps_it() -> None:
+    whole = {"max_position_embeddings": 32, "vocab_size": 10}
+    for config in (whole, {"model_type": "x", "vision_config": {}, "text_config": whole}):
+        assert (context_length(config), vocabulary_size(config)) == (32, 10)
+    assert (context_length({}), vocabulary_size({})) == (None, None)

@@ -9,7 +9,7 @@ import pytest
 from mlx_launcher.demo import build_random
 from mlx_launcher.models.directory import BrokenModelError, check
 from mlx_launcher.models.fingerprint import fingerprint
-from mlx_launcher.models.safetensors import TornFileError, read_header
+from mlx_launcher.models.safetensors import TornFileError, data_start, read_header
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,10 @@ BREAKAGES: list[tuple[Callable[[Path], object], str]] = [
     (garbage, "torn"),
     (missing_shard, "lacks model-00002-of-00002.safetensors"),
     (lambda model: (model / "model.safetensors.index.json").write_text("[]"), "index.json cannot be read"),
+    (lambda model: (model / "model.safetensors.index.json").write_text("[" * 100_000), "index.json cannot be read"),
+    (lambda model: (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}'), "lacks 1"),
+    (lambda model: (model / "model-2.safetensors").symlink_to("nowhere"), "model-2.safetensors"),
+    (lambda model: (model / "model-2.safetensors").mkdir(), "model-2.safetensors"),
 ]
 
 
@@ -78,6 +82,10 @@ def test_a_broken_model_is_named(model: Path, breakage: Callable[[Path], object]
         b'{"a": {"data_offsets": [0, 0]}}',
         b'{"a": {"data_offsets": [0, 0], "dtype": 1, "shape": []}}',
         b'{"a": {"data_offsets": [0, 0], "dtype": "F16", "shape": ["x"]}}',
+        b'{"a": {"data_offsets": ["0", "0"], "dtype": "F16", "shape": [0]}}',
+        b'{"a": {"data_offsets": [0, 0.0], "dtype": "F16", "shape": [0]}}',
+        b'{"a": {"data_offsets": [1, 0], "dtype": "F16", "shape": [0]}}',
+        b"[" * 100_000,
         b"\xff",
     ],
 )
@@ -95,3 +103,16 @@ def test_a_fingerprint_is_of_the_content_not_of_the_name(model: Path, tmp_path: 
     assert fingerprint(other) != fingerprint(model)
     (moved / "tokenizer_config.json").write_text("{}")
     assert fingerprint(moved) != fingerprint(model)
+
+
+def test_a_fine_tune_of_any_one_tensor_has_another_fingerprint(model: Path, tmp_path: Path) -> None:
+    file = weights(model)
+    content, start, header = file.read_bytes(), data_start(file), read_header(file)
+    found = {fingerprint(model)}
+    for number, tensor in enumerate(header.values()):
+        begin, end = (start + offset for offset in tensor["data_offsets"])
+        tuned = Path(shutil.copytree(model, tmp_path / f"tuned {number}"))
+        other = bytes(255 - byte for byte in content[begin:end])
+        (tuned / file.name).write_bytes(content[:begin] + other + content[end:])
+        found.add(fingerprint(tuned))
+    assert len(found) == len(header) + 1

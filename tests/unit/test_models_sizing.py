@@ -9,6 +9,7 @@ from mlx_launcher.errors import LaunchError
 from mlx_launcher.models import sizing
 from mlx_launcher.models.architectures import Architecture, architecture
 from mlx_launcher.models.facts import Tensors
+from mlx_launcher.models.outline import outline
 
 HIDDEN, KV_HEADS, HEAD, MLP, VOCAB = 64, 2, 16, 128, 1000
 CONFIG: dict[str, Any] = {
@@ -95,6 +96,9 @@ def test_of_the_experts_those_that_are_chosen_are_read() -> None:
     expert = 2 * MLP * HIDDEN
     assert model.layers[0].weights.bytes == WHOLE_OF_LAYER + 9 * expert
     assert model.layers[0].weights.read == WHOLE_OF_LAYER + 3 * expert
+    for name in ("num_experts_per_token", "moe_k"):  # Kimi Linear's and ERNIE's
+        config = {**CONFIG, "model_type": "qwen3_moe", "num_experts": 8, name: 2}
+        assert shape(config, tensors(layer={**LAYER, **stack})).layers[0] == model.layers[0]
     # One by one, as they are before mlx-lm has stacked them.
     single = {f"mlp.experts.{number}.up_proj.weight": (MLP, HIDDEN) for number in range(8)}
     model = shape(config, tensors(layer={**LAYER, **single}))
@@ -193,6 +197,12 @@ def test_what_the_configuration_does_not_tell() -> None:
         shape({"model_type": "llama"})
     with pytest.raises(LaunchError, match="of type F4"):
         shape(given={"model.layers.0.mlp.up_proj.weight": ("F4", (2, 2))})
+
+
+def test_weights_that_are_packed_in_another_programs_way() -> None:
+    with pytest.raises(LaunchError, match=r"which weights are packed how \(mxfp4\)") as refused:
+        outline({**CONFIG, "quantization_config": {"quant_method": "mxfp4"}})
+    assert "Download" in refused.value.hint
 
 
 def test_mlx_lm_tells_what_it_can_split() -> None:
