@@ -52,18 +52,22 @@ def find_model(
     return Found({"id": given[0], "path": os.fspath(path)}, given)
 
 
-def require_model(settings: Settings, cwd: str, environment: Mapping[str, str], anything: bool) -> None:
-    """LaunchError when the model in force is not on this machine or not whole; downloads nothing."""
+def require_model(settings: Settings, cwd: str, environment: Mapping[str, str], anything: bool) -> Path | None:
+    """Where the model in force is; None where `anything` will do and none is named. Downloads nothing.
+
+    LaunchError when it is not on this machine or not whole.
+    """
     key = settings.model_key(cwd)
     if key is None:
         if anything:
-            return
+            return None
         raise no_model(settings)
     path = _here(settings, key, cwd, environment, anything)
     if path is None:
         raise LaunchError("model_absent", f"{settings[key]} is not on this machine yet", "start downloads it")
     if not anything:
         check_model(path)
+    return path
 
 
 def no_model(settings: Settings) -> LaunchError:

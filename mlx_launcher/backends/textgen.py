@@ -39,7 +39,10 @@ def host(serving: Serving, settings: Settings, name: Literal["textgen", "legacy"
             "max_queue": settings["maxQueue"],
             "max_body_bytes": defaults.MAX_BODY_BYTES,
             "prefill_batch": defaults.PREFILL_BATCH,
-            "warmup": [str(settings.base("warmup.promptFiles", "/") / file) for file in settings["warmup.promptFiles"]],
+            "warmup": [
+                str(settings.base("warmup.promptFiles", "/") / os.path.expanduser(file))  # noqa: PTH111
+                for file in settings["warmup.promptFiles"]
+            ],
             "cache": {
                 "enabled": settings["cache.enable_cache"],
                 "dir": cache or str(state / "kvcache"),

@@ -18,10 +18,12 @@ _COMMAND_S = 120.0
 
 
 class Run(NamedTuple):
-    """`must`: nothing after it is done when it fails."""
+    """`must`: nothing after it is done when it fails, or takes longer than `within_s` seconds. Exit code `fine` is no failure."""
 
     argv: list[str]
     must: bool = True
+    within_s: float = _COMMAND_S
+    fine: int = 0
 
     def __str__(self) -> str:
         return f"$ {shlex.join(self.argv)}"
@@ -75,8 +77,8 @@ def to_install(
     port, steps = service.port, list[Step]()
     text, state = manager.text(service), there.state
     if not (there.text == text and state and state.active and state.enabled):
-        if state and (state.active or state.loaded) and there.text is not None:
-            steps += [*map(Run, manager.stop(port)), Gone(port, _stop_s(there))]
+        if state and (state.active or state.loaded):
+            steps += _ending(manager, manager.stop(port), there)
         steps += [*to_write(manager, service), *map(Run, manager.load(port)), Answers(answers)]
     for other in superseded:
         steps += to_uninstall(manager, other)
@@ -95,7 +97,7 @@ def to_uninstall(manager: Manager, there: Installed) -> list[Step]:
     port, steps = there.port, list[Step]()
     known = there.state is not None and (there.state.loaded or there.state.active)
     if known:
-        steps += [*map(Run, manager.unload(port)), Gone(port, _stop_s(there))]
+        steps += _ending(manager, manager.unload(port), there)
     files = [*manager.links(port), there.file]
     if there.service is not None and not manager.keeps_log:
         files.append(Path(there.service.log))
@@ -109,7 +111,8 @@ def to_uninstall(manager: Manager, there: Installed) -> list[Step]:
 def to_put_back(manager: Manager, there: Installed) -> list[Step]:
     """After a failure: what was there before `to_install`, or nothing."""
     port = there.port
-    steps: list[Step] = [Run(argv, must=False) for argv in manager.unload(port)]
+    within_s = _COMMAND_S + _stop_s(there)
+    steps: list[Step] = [Run(argv, must=False, within_s=within_s) for argv in manager.unload(port)]
     if there.text is None:
         return [*steps, *map(Remove, manager.links(port)), Remove(there.file), *_forget(manager, port)]
     steps.append(Write(there.file, there.text))
@@ -134,8 +137,8 @@ def _do(manager: Manager, step: Step) -> None:
     elif isinstance(step, Remove):
         step.file.unlink(missing_ok=True)
     elif isinstance(step, Run):
-        done = programs.run(step.argv, _COMMAND_S)
-        if done.code and step.must:
+        done = programs.run(step.argv, step.within_s)
+        if step.must and done.code not in (0, step.fine):
             said = done.error or done.output or f"exit status {done.code}"
             raise LaunchError("service_failed", f"{shlex.join(step.argv)} failed: {' '.join(said.split())}")
     elif isinstance(step, Gone):
@@ -158,6 +161,13 @@ def _active(manager: Manager, port: int) -> bool:
     state = manager.state(done.code, done.output)
     # launchd forgets a service only when its process has ended; systemd never forgets one that has a file.
     return state.active or (state.loaded and not manager.keeps_log)
+
+
+def _ending(manager: Manager, commands: Iterable[list[str]], there: Installed) -> list[Step]:
+    """systemctl returns when what it stops has ended, launchctl may return before."""
+    stop_s = _stop_s(there)
+    runs = [Run(argv, within_s=_COMMAND_S + stop_s, fine=manager.still_ending) for argv in commands]
+    return [*runs, Gone(there.port, stop_s)]
 
 
 def _forget(manager: Manager, port: int) -> list[Step]:

@@ -21,6 +21,7 @@ class Launchd:
     """`Manager` for the agents of the user who is logged in at the screen, whose number is `uid`."""
 
     name = "launchd"
+    still_ending = 36  # EINPROGRESS: "Boot-out failed: 36: Operation now in progress"
     keeps_log = False
 
     def __init__(self, environment: Mapping[str, str], uid: int) -> None:

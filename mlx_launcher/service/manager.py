@@ -24,6 +24,7 @@ class Manager(Protocol):
     """Pure: commands are returned, answers are handed in. A port names a service."""
 
     name: str
+    still_ending: int  # the exit code of a stop that goes on by itself; 0 where there is none
     keeps_log: bool  # of what a service prints; where it does not, that goes to the service's `log`
 
     def unit(self, port: int) -> str:

@@ -67,6 +67,7 @@ class Systemd:
     """`Manager` for a user's own units. `environment` says where they lie."""
 
     name = "systemd"
+    still_ending = 0
     keeps_log = True
 
     def __init__(self, environment: Mapping[str, str]) -> None:

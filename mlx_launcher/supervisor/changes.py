@@ -46,14 +46,14 @@ class Changes:
         self.again = False
         self._terminal.say("planning")
         self._terminal.notify.reloading()
-        reload = Reload(self._number(trigger), trigger, self.log.write)
+        reload = Reload(self._number(trigger), trigger, self.write)
         self._reload = reload
         reload.plan(self.plan["source"], selector)
         return int(reload.seen["id"])
 
     def switch(self, to_fallback: bool, reason: str, automatic: bool) -> int:
         """The same plan on its other backend, which the policy has to be told. The number of the change."""
-        self._reload = Reload(self._number("rollback"), "rollback", self.log.write)
+        self._reload = Reload(self._number("rollback"), "rollback", self.write)
         if to_fallback:
             self.rolled_back(reason, automatic)
         return int(self._reload.seen["id"])
@@ -106,7 +106,7 @@ class Changes:
             self._remind_at = now + REMIND_S
             text = status.degraded(seen())
             self._journal.note("degraded", reason=text)
-            self.write(f"mlx-launch: degraded, {text}\n".encode())
+            self.write(f"mlx-launch: degraded, {text}\n".encode("utf-8", "replace"))
 
     def write(self, data: bytes) -> None:
         """To the log of the plan in force."""

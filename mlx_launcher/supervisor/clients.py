@@ -26,9 +26,9 @@ class Clients:
         """Takes in who waits at a listener; whom `admit` refuses it has dealt with."""
         try:
             sock, _ = listener.accept()
-        except BlockingIOError:
+        except (BlockingIOError, ConnectionAbortedError):  # nobody waits, or nobody any more
             return
-        except OSError:  # out of descriptors, or a client that is already gone
+        except OSError:  # out of descriptors
             if self._clients:
                 self._drop(next(iter(self._clients)))
             return

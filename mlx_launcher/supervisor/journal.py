@@ -25,8 +25,8 @@ class RotatingFile:
     In the working directory, which is the instance's, a link is not followed and what others may read is closed to them; a file
     elsewhere is where its user wants it, and as open.
 
-    Never raises: what cannot be written is lost, and `error` says why until a write works again. A file that was deleted or
-    moved away is begun anew, one that was truncated goes on from its new end.
+    Never raises: what cannot be written is lost, and `error` says why until a write works again, which begins a line of its own.
+    A file that was deleted or moved away is begun anew, one that was truncated goes on from its new end.
     """
 
     def __init__(self, path: str, max_bytes: int) -> None:
@@ -34,8 +34,11 @@ class RotatingFile:
         self._path = path
         self._max_bytes = max_bytes
         self._fd = -1
+        self._within = self._torn = False  # whether the last byte ended no line, and whether what followed it was lost
 
     def write(self, data: bytes) -> None:
+        if self._torn:  # by a full disk: the half of a line would make the next one unreadable
+            data = b"\n" + data
         try:
             while data:
                 room = self._max_bytes - self._open()
@@ -43,10 +46,11 @@ class RotatingFile:
                 if not cut and room < self._max_bytes:
                     self._rotate()
                     continue
-                data = data[os.write(self._fd, data[: cut or room]) :]
-            self.error = None
+                written = os.write(self._fd, data[: cut or room])
+                self._within, data = data[written - 1 : written] != b"\n", data[written:]
+            self.error, self._torn = None, False
         except OSError as error:
-            self.error = error.strerror or str(error)
+            self.error, self._torn = error.strerror or str(error), self._within
             self.close()
 
     def close(self) -> None:

@@ -294,7 +294,8 @@ class Supervisor:
             self._journal.note("ready", server=self._server.pid, took_s=self._record.ready(self._now))
             self._apply(self._policy.ready(self._now))
         elif kind == "dying":
-            self._policy.dying(self._record.says(message))
+            cause: Cause = "freeze" if message.get("cause") == "freeze" else "crash"
+            self._policy.dying(self._record.says(message), cause)
         elif kind == "fault":
             parts = [str(message[key]).rstrip(".") for key in ("reason", "hint") if message.get(key)]
             why = ". ".join(parts) or "the server reported a fault"

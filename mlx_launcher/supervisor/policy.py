@@ -65,9 +65,8 @@ class Policy:
         self.state: State = "starting"
         self.phase: str | None = None
         self.draining = False  # asked to stop
-        self.trial: Literal["ending", "starting"] | None = (
-            None  # of a new plan: the old server ends, the new one starts
-        )
+        # Of a new plan: the old server ends, the new one starts.
+        self.trial: Literal["ending", "starting"] | None = None
         self.on_fallback = False  # which backend of the plan runs, or is started next
         self.finished = False
         self.restarts = 0
@@ -158,10 +157,10 @@ class Policy:
         """The server answers, but not with a token."""
         self._unproved = why
 
-    def dying(self, why: str) -> None:
+    def dying(self, why: str, cause: Cause = "crash") -> None:
         """The server says that it will end by itself; what is done about it is decided when it has."""
-        if self._server == "alive" and not self.draining:
-            self.last_error = why
+        if self._server == "alive" and not self.draining and self.ending is None:
+            self.last_error, self.cause = why, cause
 
     def beat(self, now: float, beat: dict[str, Any]) -> list[Decision]:
         """A host's report of its work."""
@@ -237,7 +236,7 @@ class Policy:
 
     def emptied(self, now: float, why: str) -> list[Decision]:
         """Nothing of the server's group is left. `why` is why the server ended."""
-        if self.finished:
+        if self.finished or self.asleep or self._step == "spawn":  # what was given up is gone at last
             return []
         self._server, self._step, self.deadline = "none", None, None
         why, self.ending = self.ending or why, None

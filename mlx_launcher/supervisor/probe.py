@@ -23,8 +23,9 @@ class Probe:
     A server that answers without its model (anyclaude's legacy server sends a demo text then) is found out by its /health,
     if it has one. Refused, silent, or any other answer: still starting, asked again.
 
-    After `watch` it is asked for /health alone, every `look_s` seconds or LOOK_S: any answer is `answered`; a refusal on every
-    address, twice, is `refused`; no answer is nothing, for who is busy does not answer either.
+    After `watch` it is asked for /health alone, every `look_s` seconds or LOOK_S: any answer is `answered`; two refusals for each
+    address are `refused`; no answer is nothing, for who is busy does not answer either, and neither is what we lack ourselves: an
+    address, a descriptor.
     `poll` wants to be called at `due` and after every event; its times are seconds on the loop's clock.
     """
 
@@ -78,21 +79,13 @@ class Probe:
             self._sock = None
 
     def _connect(self) -> None:
-        host = self._hosts[0]
-        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         try:
-            sock.setblocking(False)
-            # Bound first: a connect to a free port of the ephemeral range could else draw that very port and meet itself.
-            sock.bind((host, 0))
-            code = errno.EADDRINUSE if sock.getsockname()[1] == self._port else sock.connect_ex((host, self._port))
-            if code not in (0, errno.EINPROGRESS):
-                raise OSError(code, "connect")
+            self._sock = _connecting(self._hosts[0], self._port)
         except OSError as error:
-            sock.close()
             self._failed(error)
             return
-        self._sock, self._unsent, self._answer = sock, self._request, b""
-        self._selector.register(sock, selectors.EVENT_WRITE, self._on_event)
+        self._unsent, self._answer = self._request, b""
+        self._selector.register(self._sock, selectors.EVENT_WRITE, self._on_event)
 
     def _on_event(self, mask: int) -> None:
         sock = self._sock
@@ -112,7 +105,7 @@ class Probe:
         """Refused, or reset: it is not there yet, or not any more."""
         self._hosts.append(self._hosts.pop(0))  # it may listen on another address only
         self._give_up()
-        if not self._watching or isinstance(error, ConnectionResetError | BrokenPipeError):
+        if not self._watching or not isinstance(error, ConnectionRefusedError):
             return
         self._refusals += 1
         if self._refusals >= 2 * len(self._hosts):
@@ -147,6 +140,22 @@ class Probe:
             self._hear({"type": "ready"})
         else:
             self._request, self.due = self._health, 0.0  # at once
+
+
+def _connecting(host: str, port: int) -> socket.socket:
+    """A socket on its way there. Raises OSError: ConnectionRefusedError where nobody listens."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        # Bound first: a connect to a free port of the ephemeral range could else draw that very port and meet itself.
+        sock.bind((host, 0))
+        code = errno.ECONNREFUSED if sock.getsockname()[1] == port else sock.connect_ex((host, port))
+        if code not in (0, errno.EINPROGRESS):
+            raise OSError(code, "connect")
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def _authority(host: str, port: int) -> str:

@@ -49,6 +49,10 @@ class Server:
             self._probe = Probe(selector, plan["hosts"], plan["port"], backend["settings"], hear, look_s)
         else:
             self._spawn_host(backend, listeners)
+        # Of a cluster, the ranks on this machine.
+        self.ranks_here = [
+            rank for rank, member in enumerate(backend["settings"].get("cluster", {}).get("hosts", [])) if member["here"]
+        ]
         self.pid = self._popen.pid
         self.started = system.process_started(self.pid)
         self.began = time.monotonic()

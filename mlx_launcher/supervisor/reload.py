@@ -107,7 +107,8 @@ class Reload:
             self._selector.register(stream, selectors.EVENT_READ, lambda mask, stream=stream: self._on_stream(stream))
 
     def _on_stream(self, stream: Any) -> None:
-        if stream in self._selector.get_map() and self._read(stream) is None:
+        # An earlier event of the same round may have abandoned it all: a stop.
+        if self._popen is not None and self._read(stream) is None:
             self._selector.unregister(stream)
 
     def _read(self, stream: Any) -> bool | None:

@@ -37,7 +37,7 @@ class Terminal:
         # A terminal that was halted (Ctrl-S) or a reader that does not read must not halt the supervisor.
         with contextlib.suppress(OSError):
             if self.wanted and select.select([], [1], [], 0)[1]:
-                os.write(1, line.encode() + b"\n")
+                os.write(1, line.encode("utf-8", "replace") + b"\n")
 
     def listening(self, where: str) -> None:
         """The port is bound: for a service manager that is all it waits for."""
@@ -59,7 +59,7 @@ class Terminal:
         """The last lines of the server's log, for whoever sees it fail."""
         if not self.wanted:
             return
-        with contextlib.suppress(OSError), open(path, "rb") as log:  # noqa: PTH123 - pathlib costs 1 MiB
+        with contextlib.suppress(OSError), open(path, "rb", opener=_open_at_once) as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - 8192))
             for line in log.read().decode(errors="replace").splitlines()[-LAST_LINES:]:
                 self.say(f"  | {line}")
@@ -79,3 +79,8 @@ class Terminal:
 
     def caller_is_gone(self) -> bool:
         return self._caller is not None and self._caller.gone()
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Where the log is a FIFO, the open would wait for somebody who writes."""
+    return os.open(path, flags | os.O_NONBLOCK)

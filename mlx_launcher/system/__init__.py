@@ -60,8 +60,8 @@ def rss_bytes(pid: int) -> int | None:
 def process_started(pid: int) -> float | None:
     """When a process began, in seconds; None when there is none, or only a zombie.
 
-    Only for comparing with another value of this function on the same machine: on Linux it counts from boot, because the
-    wall clock may be set between two readings.
+    Only for comparing with another value of this function on the same machine, in whatever process: the wall clock may be set
+    between two readings. On Linux it counts from boot; on macOS it is what the kernel noted when the process began.
     """
     if sys.platform == "linux":
         fields = _linux_stat(pid)
@@ -71,8 +71,10 @@ def process_started(pid: int) -> float | None:
     import psutil
 
     try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+        process: Any = psutil.Process(pid)
+        # Not create_time(): that is corrected by how far the clock was set since this process imported psutil.
+        began: float | None = process._ident[1]
+        return None if process.status() == psutil.STATUS_ZOMBIE else began
     except psutil.Error:
         return None
 

@@ -8,6 +8,10 @@ of the script does not change: only the hang-up of its output tells.
 import os
 import select
 
+# A hang-up is told unasked, but macOS looks at nothing where nothing to read is asked for (rdar://37537852).
+_ASKED = select.POLLIN | select.POLLHUP
+_GONE = select.POLLHUP | select.POLLERR
+
 
 class Caller:
     """The process that is our parent now, and the reader of our standard output."""
@@ -15,9 +19,8 @@ class Caller:
     def __init__(self) -> None:
         self._parent = os.getppid()
         self._output = select.poll()
-        # No event is asked for: a hang-up is always told.
-        self._output.register(1, 0)
+        self._output.register(1, _ASKED)
 
     def gone(self) -> bool:
         """Whether the parent has changed or nobody can read our output any more. A file or a terminal never hangs up."""
-        return os.getppid() != self._parent or bool(self._output.poll(0))
+        return os.getppid() != self._parent or any(event & _GONE for _, event in self._output.poll(0))

@@ -211,6 +211,30 @@ def test_37_no_request_is_a_5xx_or_the_end_of_the_server(host: Host, body: dict[
     assert host.process.poll() is None
 
 
+@pytest.fixture(scope="module")
+def legacy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    directory = tmp_path_factory.mktemp("legacy")
+    with Host(build_demo(directory / "demo"), free_port(), directory / "none", backend="legacy") as host:
+        yield host
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"prompt": ""}, 400),
+        ({"logit_bias": {"4000000000": 1}}, 400),
+        ({"logit_bias": {"9" * 20: 1}}, 400),
+        ({"temperature": 1, "top_k": 10**6}, 200),
+        ({"temperature": 1, "top_k": 10**30, "seed": 1}, 200),
+    ],
+)
+def test_37_no_request_is_the_end_of_the_legacy_server(legacy: Host, fields: dict[str, Any], status: int) -> None:
+    reply = http_request(legacy.port, "/v1/completions", {"prompt": "Hello!", "max_tokens": 2, **fields})
+    assert reply.status == status, reply.body
+    assert http_request(legacy.port, "/v1/completions", {"prompt": "Hello!", "max_tokens": 2}).status == 200
+    assert legacy.process.poll() is None
+
+
 def test_63_what_clients_asked_who_left_while_no_server_ran_is_never_begun(tmp_path: Path) -> None:
     starting = Host(build_demo(tmp_path / "demo"), free_port(), tmp_path / "kvcache")
     body = json.dumps({"messages": [{"role": "user", "content": "Hi"}]})

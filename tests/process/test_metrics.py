@@ -1,5 +1,6 @@
 """The metrics as a scraper gets them: true to the format, kept over servers that end, and at nobody's expense."""
 
+import contextlib
 import http.client
 import os
 import signal
@@ -101,6 +102,40 @@ def test_nothing_that_was_counted_is_lost_with_a_killed_server(launch: Launch) -
     assert value(found, "server_restarts_total", reason="crash") == 3
 
 
+def test_requests_that_a_servers_end_cuts_are_counted(launch: Launch) -> None:
+    launched = launch("--counts")
+    launched.until_state("ready")
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", launched.port)))
+            client.sendall(b"GET /hang HTTP/1.1\r\n\r\n")
+        until(lambda: launched.status()["activity"]["in_flight"] == 2)
+        os.kill(launched.server_pids()[-1], signal.SIGKILL)
+        until(lambda: value(asked(launched), "requests_total", outcome="cut") == 2)
+        launched.until_restarts(1)
+    launched.until_state("ready")
+    launched.get("/answer")
+    until(lambda: launched.status()["activity"]["in_flight"] == 0)
+    launched.plan_next()
+    launched.restart()  # in good order: nothing is cut
+    assert value(asked(launched), "requests_total", outcome="cut") == 2
+
+
+def test_what_is_not_known_is_no_zero_and_what_lies_on_the_disk_stays(launch: Launch) -> None:
+    launched = launch("--loading-s", "1")
+    status = launched.until_state("starting")
+    assert status["kv_cache"]["entries"] is None
+    assert ("mlx_launch_kv_cache_bytes", frozenset()) not in asked(launched)
+    launched.until_state("ready")
+    until(lambda: value(asked(launched), "kv_cache_memory_bytes") == 4)
+    os.kill(launched.server_pids()[-1], signal.SIGKILL)
+    for phase in ("importing", "loading"):
+        status = until(lambda: print(launched.status()["state"],launched.status()["phase"]) or (seen := launched.status())["phase"] == phase and seen,3)  # noqa: B023
+        assert (status["kv_cache"]["entries"], status["kv_cache"]["bytes"]) == (1, 2)
+    # It has told nothing yet.
+    assert ("mlx_launch_kv_cache_memory_bytes", frozenset()) not in asked(launched)
+
+
 @pytest.mark.parametrize(
     ("path", "plan", "reason"),
     [
@@ -142,6 +177,7 @@ def test_a_scrape_wakes_no_idle_model(launch: Launch, metrics_port: int) -> None
         found = samples(scrape(metrics_port)[2])
         assert value(found, "state", mlx_launch_state="idle") == 1
         assert value(found, "up") == 0
+        assert (value(found, "kv_cache_bytes"), value(found, "kv_cache_memory_bytes")) == (2, 0)
         assert asked(launched)
     assert launched.status()["state"] == "idle"
     assert len(launched.server_pids()) == 1

@@ -245,6 +245,20 @@ def test_foreground_tells_a_person(launch: Launch) -> None:
     assert lines[-1] == "stopped"
 
 
+def test_what_no_terminal_can_show_does_not_end_it(launch: Launch) -> None:
+    launched = launch("--fault", "no weights in /models/\udcff", foreground=True, report=False)
+    assert launched.process.wait(10) == 1
+    assert launched.process.stdout is not None
+    assert "failed: no weights in /models/?. Look at it" in launched.process.stdout.read().decode().splitlines()
+    assert "bug" not in launched.events()
+
+
+def test_a_log_that_cannot_be_read_back_does_not_keep_it_from_ending(launch: Launch, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "log")
+    launched = launch("--fault", "torn", foreground=True, report=False, log_file=str(tmp_path / "log"))
+    assert launched.process.wait(10) == 1
+
+
 def test_imports_little_and_stays_small(launch: Launch) -> None:
     code = "import sys, mlx_launcher.supervisor.__main__; print(*sys.modules)"
     modules = set(
