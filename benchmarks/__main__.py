@@ -63,25 +63,31 @@ def modules() -> list[str]:
 
 def run(name: str) -> tuple[list[Row], str]:
     """Its rows, and why it failed where it did; then a row that says so is among them."""
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", f"benchmarks.{name}", "--json"],
         cwd=HERE.parent,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
     )
-    rows = [Row(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode == 0 and rows:
+    try:
+        out, err = process.communicate()
+    except KeyboardInterrupt:
+        # It was interrupted too, and has servers to end and folders to remove: subprocess.run would kill it before it had.
+        process.communicate()
+        raise
+    rows = [Row(**json.loads(line)) for line in out.splitlines() if line.startswith("{")]
+    if process.returncode == 0 and rows:
         return rows, ""
-    said = [line for line in done.stderr.splitlines() if line.strip()]
-    reason = said[-1].strip() if said else f"it ended with {done.returncode} and without a row"
+    said = [line for line in err.splitlines() if line.strip()]
+    reason = said[-1].strip() if said else f"it ended with {process.returncode} and without a row"
     return [*rows, Row(name, "", "", None, False, "not measured", f"failed: {reason}")], f"failed: {reason}"
 
 
 def page(rows: Sequence[Row]) -> Iterator[str]:
     yield "# Results"
     yield ""
-    yield "Written by `make bench`. Every ratio comes from one run, in which both sides were measured in turn."
+    yield "Written by `make bench`. Every ratio is one of medians, from one run in which both sides were measured in turn."
     yield ""
     yield from (f"- {line}" for line in machine())
     yield ""
@@ -115,11 +121,11 @@ def with_results(readme: str, rows: Sequence[Row]) -> str:
 
 
 def _measured(row: Row) -> str:
-    return "–" if row.ratio is None else f"{_ratio(row.ratio)}×"
+    return row.value or ("–" if row.ratio is None else f"{_ratio(row.ratio)}×")
 
 
 def _reached(row: Row) -> str:
-    """Yes, or by how much it was missed where the goal is a ratio."""
+    """Yes, or by how much it was missed where the goal is a ratio of medians."""
     if row.reached:
         return "yes"
     if row.ratio is None:

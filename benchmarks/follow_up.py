@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.row import Row, at_least, at_most, interleaved, show, spread
+from benchmarks.row import Row, at_least, at_most, interleaved, of_medians, show, spread
 from benchmarks.servers import MODEL, TOKENS_OUT, MlxLm, Ours, both, conversation, next_turn, words_of
 from mlx_launcher.bench.client import Answer, Message
 
@@ -84,7 +84,7 @@ def _rows(goals: Goals, ours: Ours, theirs: MlxLm) -> list[Row]:
             f"follow-up on a {goals.called}-token prefix, {TOKENS_OUT} tokens out",
             "its own first request",
             goals.faster,
-            _ratio(first, follow_up),
+            of_medians(first, follow_up),
             f"{_seconds(follow_up)} against {_seconds(first)}, {what}",
             "a follow-up runs about 30 new tokens and decodes 8, each over the whole prefix; it and the first request both take "
             "less than mlx_lm.server's (the two rows below), the first request by more",
@@ -93,22 +93,17 @@ def _rows(goals: Goals, ours: Ours, theirs: MlxLm) -> list[Row]:
             f"first request of {goals.called} tokens, nothing cached",
             "mlx_lm.server's first request",
             1.03,
-            _ratio(first, their_first),
+            of_medians(first, their_first),
             f"{_seconds(first)} against {_seconds(their_first)}, {what}",
         ),
         at_most(
             f"follow-up on a {goals.called}-token prefix, hot",
             "mlx_lm.server's in-memory follow-up",
             1.0,
-            _ratio(follow_up, their_follow_up),
+            of_medians(follow_up, their_follow_up),
             f"{_seconds(follow_up)} against {_seconds(their_follow_up)}, {what}",
         ),
     ]
-
-
-def _ratio(one: list[float], other: list[float]) -> float:
-    """Of the pairs' ratios the median: what else the machine does meets both of a pair."""
-    return statistics.median(x / y for x, y in zip(one, other, strict=True))
 
 
 def _seconds(values: list[float]) -> str:

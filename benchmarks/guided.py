@@ -18,7 +18,7 @@ import psutil
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.row import Row, show, spread
+from benchmarks.row import Row, show, spread, within
 from mlx_launcher.host.guided import Guides, tool_call_grammar
 from mlx_launcher.host.requests import Tool
 
@@ -82,10 +82,9 @@ def measure() -> list[Row]:
 
 
 def _row(measure: str, goal_ms: float, values: list[float], what: str) -> Row:
-    """The goal is a time: it is what the ratio is of."""
     median = statistics.median(values)
     detail = f"{median:.3g} ms ({spread(values)}), {what}"
-    return Row(measure, f"{goal_ms:g} ms", f"≤ {goal_ms:g} ms", median / goal_ms, median <= goal_ms, detail)
+    return within(measure, "–", goal_ms, "ms", median, median / goal_ms, detail)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.row import Row, show, spread
+from benchmarks.row import Row, show, spread, within
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.supervised import FAKE_HOST, Launched, make_plan
@@ -172,7 +172,7 @@ def _row(directory: Path) -> Row:
         f"beside it: {', '.join(beside) or 'neither gunicorn nor runit is here'}"
     )
     what = "kill -9 of a trivial server to the next answer"
-    return Row(what, "a bare start of the same", f"≤ {GOAL_MS} ms more", wait / bare, added <= GOAL_MS, detail)
+    return within(what, "a bare start of the same", GOAL_MS, "ms more", added, wait / bare, detail)
 
 
 def _waits(manner: Manner, directory: Path) -> list[float]:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
+from mlx_launcher.bench.figures import Spread
+
 T = TypeVar("T")
 
 
@@ -14,8 +16,9 @@ T = TypeVar("T")
 class Row:
     """What one ratio says. `ratio` is None where it could not be measured; `reached` is then False.
 
-    `goal` is written as the table has it ("≥ 20×", "≤ 1.03×"). `detail` holds the two medians with units and spread and what
-    was run: "1,204 against 1,251 tokens/s, medians of 5 (±3 %)". `why` is the reason of a goal that was not reached.
+    `goal` is written as the table has it ("≥ 20×", "≤ 1.03×", "≤ 20 ms"). `detail` holds the two medians with units and spread
+    and what was run: "1,204 against 1,251 tokens/s, medians of 5 (±3 %)". `why` is the reason of a goal that was not reached.
+    `value` is what was measured where the goal is no ratio: "4.3 ms".
     """
 
     measure: str
@@ -25,6 +28,12 @@ class Row:
     reached: bool
     detail: str
     why: str = ""
+    value: str = ""
+
+
+def of_medians(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The ratio of the two medians that a row shows."""
+    return statistics.median(ours) / statistics.median(theirs)
 
 
 def at_least(measure: str, against: str, goal: float, ratio: float, detail: str, why: str = "") -> Row:
@@ -39,13 +48,16 @@ def at_most(measure: str, against: str, goal: float, ratio: float, detail: str, 
     return Row(measure, against, f"≤ {goal:g}×", ratio, reached, detail, "" if reached else why)
 
 
+def within(measure: str, against: str, goal: float, unit: str, value: float, ratio: float, detail: str) -> Row:
+    """A goal of the kind "≤ 20 ms"; `ratio` is to what it is measured against, or to the goal where that is nothing."""
+    return Row(measure, against, f"≤ {goal:g} {unit}", ratio, value <= goal, detail, value=f"{value:.3g} {unit}")
+
+
 def spread(values: Sequence[float]) -> str:
     """How far the middle half of the values is from their median: "±3 %"."""
-    middle = statistics.median(values)
-    if len(values) < 2 or not middle:
-        return "±0 %"
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return f"±{max(high - middle, middle - low) / abs(middle):.0%}".replace("%", " %")
+    found = Spread.of(values)
+    assert found, "nothing was measured"
+    return f"±{found.part * 100:.0f} %"
 
 
 def interleaved(rounds: int, first: Callable[[int], T], second: Callable[[int], T]) -> tuple[list[T], list[T]]:
@@ -70,7 +82,7 @@ def show(rows: Sequence[Row]) -> None:
         if "--json" in sys.argv[1:]:
             print(json.dumps(asdict(row), ensure_ascii=False), flush=True)
             continue
-        measured = "failed" if row.ratio is None else f"{row.ratio:.2f}×"
+        measured = row.value or ("failed" if row.ratio is None else f"{row.ratio:.2f}×")
         print(f"{row.measure}, against {row.against}: {measured} (goal {row.goal}{', reached' if row.reached else ''})")
         print(f"    {row.detail}")
         if row.why:

@@ -29,7 +29,11 @@ class Ours:
 
     def __init__(self, model: Path, directory: Path) -> None:
         self.launcher = Launcher(directory / "state")
-        self.launcher.start("--model", str(model))
+        try:
+            self.launcher.start("--model", str(model))
+        except BaseException:
+            self.close()
+            raise
 
     def ask(self, messages: Sequence[Message], max_tokens: int = TOKENS_OUT) -> Answer:
         return ask(Address("127.0.0.1", self.launcher.port, _NAME), messages, max_tokens)

@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -165,29 +166,47 @@ DEADLY = ["kill_server", "terminate_server"]
 def phase(
     title: str, model: Path, right: dict[str, str], minutes: float, seed: int, restart: dict[str, Any] | None
 ) -> bool:
-    """One launcher, faults for `minutes`, then a stop; whether everything held."""
+    """One launcher, faults for `minutes`, then a stop; whether everything held. Where it did not, its directory is kept."""
+    print(f"\n{title}: {minutes:g} min, seed {seed}", flush=True)
     directory = Path(tempfile.mkdtemp(prefix="mlx-launch-soak-"))
     launcher = Launcher(directory / "state")
+    try:
+        start(launcher, directory / ".anyclauderc.json", model, restart)
+        held = endured(launcher, right, minutes, Faults(launcher, seed), seed, generous=restart is not None)
+    finally:
+        launcher.clean_up()
+    if held:
+        shutil.rmtree(directory)
+    else:
+        print(f"  kept      {directory}")
+    return held
+
+
+def start(launcher: Launcher, config: Path, model: Path, restart: dict[str, Any] | None) -> None:
     block = {
         "model": str(model),
         "modelPath": str(model),
         "port": launcher.port,
         **({"restart": restart} if restart else {}),
     }
-    config = directory / ".anyclauderc.json"
     config.write_text(json.dumps({"backend": "mlx", "backends": {"mlx": block}}))
     done = launcher.command("--config", str(config), "start", timeout_s=120)
     if done.returncode:
         raise SystemExit(done.stderr)
+
+
+def endured(
+    launcher: Launcher, right: dict[str, str], minutes: float, faults: Faults, seed: int, generous: bool
+) -> bool:
+    """Whether nobody was refused or told wrong, nothing was left, and a rollback came where the budget was not `generous`."""
     supervisor = psutil.Process(launcher.status()["supervisor"]["pid"])
     before = supervisor.num_fds(), supervisor.num_threads(), supervisor.memory_info().rss
-    faults = Faults(launcher, seed)
     with Load(launcher.port, right) as load:
         end = time.monotonic() + minutes * 60
         while time.monotonic() < end:
-            faults.one([*DEADLY, *GENTLE] if restart else DEADLY)
+            faults.one([*DEADLY, *GENTLE] if generous else DEADLY)
             time.sleep(random.Random(seed + faults.done.total()).uniform(1, 4))
-            if not restart and launcher.status()["state"] == "degraded":
+            if not generous and launcher.status()["state"] == "degraded":
                 break
         served = load.seen["answered"]
         until(lambda: load.seen["answered"] > served + 10, 120, "answers after the last fault")
@@ -197,21 +216,28 @@ def phase(
     exits = [event for line in journal if (event := json.loads(line))["event"] == "exit"]
     launcher.command("stop", timeout_s=120)
     left = [process.cmdline() for process in launcher.processes()]
-    torn = len(list(directory.rglob("torn/*")))
-    rolled_back = status["rollback"] is not None
-    print(f"\n{title}: {minutes:g} min, seed {seed}")
     print(f"  clients   {dict(load.seen)}")
     print(f"  faults    {dict(faults.done)}")
     reasons = all(event.get("reason") for event in exits)
     print(f"  server    {len(exits)} ends, each with a reason: {reasons}; state {status['state']}")
+    torn = len(list(launcher.state_dir.rglob("torn/*")))
     print(f"  left over {len(left)} processes; KV cache entries set aside: {torn}")
     print(f"  supervisor fds {before[0]} -> {after[0]}, threads {before[1]} -> {after[1]}, "
           f"memory {before[2] / 2**20:.1f} -> {after[2] / 2**20:.1f} MiB")  # fmt: skip
-    for outcome in ("refused", "wrong", "failed", "hanging"):
-        if load.seen[outcome]:
-            print(f"  {outcome}: {load.examples.get(outcome)}")
-    held = not any(load.seen[outcome] for outcome in ("refused", "wrong", "failed", "hanging")) and not left
-    return held and rolled_back == (restart is None)
+    bad = [outcome for outcome in ("refused", "wrong", "failed", "hanging") if load.seen[outcome]]
+    for outcome in bad:
+        print(f"  {outcome}: {load.examples.get(outcome)}")
+    return not bad and not left and reasons and (status["rollback"] is None) == generous
+
+
+def right_answers(model: Path, directory: Path) -> dict[str, str]:
+    """What the model says to each prompt while nothing disturbs it."""
+    calm = Launcher(directory / "calm")
+    try:
+        calm.start("--model", str(model))
+        return {prompt: http_request(calm.port, "/v1/chat/completions", body(prompt)).text for prompt in PROMPTS}
+    finally:
+        calm.clean_up()
 
 
 def main() -> int:
@@ -219,15 +245,12 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     arguments = parser.parse_args()
-    directory = Path(tempfile.mkdtemp(prefix="mlx-launch-soak-"))
-    model = build_random(directory / "random")
-    calm = Launcher(directory / "calm")
-    calm.start("--model", str(model))
-    right = {prompt: http_request(calm.port, "/v1/chat/completions", body(prompt)).text for prompt in PROMPTS}
-    calm.clean_up()
     generous = {"maxRestarts": 100_000, "window": "5m", "backoff": "100ms", "backoffMax": "1s"}
-    held = phase("a budget that is never spent", model, right, arguments.minutes * 0.8, arguments.seed, generous)
-    held &= phase("the default budget", model, right, max(1.0, arguments.minutes * 0.2), arguments.seed + 1, None)
+    with tempfile.TemporaryDirectory(prefix="mlx-launch-soak-") as directory:
+        model = build_random(Path(directory) / "random")
+        right = right_answers(model, Path(directory))
+        held = phase("a budget that is never spent", model, right, arguments.minutes * 0.8, arguments.seed, generous)
+        held &= phase("the default budget", model, right, max(1.0, arguments.minutes * 0.2), arguments.seed + 1, None)
     print("\nheld" if held else "\nDID NOT HOLD")
     return 0 if held else 1
 

@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 from mlx_launcher.errors import LaunchError
 
 Message = dict[str, str]
-# A server that writes faster than it sends puts several tokens into one event: the first may hold any number of them.
+# A server that writes faster than it sends puts several tokens into one event, and several events into one write: the first may
+# hold any number of them. Ours lets 10 ms go by between writes.
 _PIECES = 8
+_SPAN_S = 0.1
+_LOOK = "Its log tells more, start it and see"
 
 
 class Address(NamedTuple):
@@ -47,8 +50,8 @@ class Answer(NamedTuple):
 
     @property
     def decode_rate(self) -> float | None:
-        """Tokens a second after the first; None for an answer that came in too few pieces to tell."""
-        if self.completion_tokens is None or self.pieces < _PIECES or self.last_s <= self.first_s:
+        """Tokens a second after the first; None for an answer that came in too few pieces, or too fast, to tell."""
+        if self.completion_tokens is None or self.pieces < _PIECES or self.last_s - self.first_s < _SPAN_S:
             return None
         return (self.completion_tokens - 1) / (self.last_s - self.first_s)
 
@@ -63,7 +66,7 @@ def ask(address: Address, messages: Sequence[Message], max_tokens: int) -> Answe
         return _ask(connection, address, messages, max_tokens)
     except (OSError, http.client.HTTPException) as error:
         what = f"it broke off while it answered: {error or type(error).__name__}"
-        raise LaunchError("no_answer", what, "Its log tells more, start it and see") from error
+        raise LaunchError("no_answer", what, _LOOK) from error
     finally:
         connection.close()
 
@@ -93,7 +96,7 @@ def _ask(
         if "error" in event:
             raise _refused(response.status, json.dumps(event).encode())
         usage = event.get("usage") or usage
-        delta = event["choices"][0].get("delta", {}) if event.get("choices") else {}
+        delta = (event["choices"][0].get("delta") if event.get("choices") else None) or {}
         if delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning") or delta.get("tool_calls"):
             came.append(time.perf_counter() - began)
             text += delta.get("content") or ""
@@ -117,6 +120,8 @@ def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
             raise LaunchError("refused", "an event of its stream is not JSON", "It is no OpenAI server") from None
         if isinstance(event, dict):
             yield event
+    # http.client takes a connection that is cut for the end of a stream.
+    raise LaunchError("no_answer", "its answer broke off: the stream ended without [DONE]", _LOOK)
 
 
 def _refused(status: int, body: bytes) -> LaunchError:

@@ -10,6 +10,7 @@ from mlx_launcher.bench.prompt import words, words_for
 # What an agent's turns are like: a long prompt, a short answer. Speed while decoding wants a longer one.
 SHORT_ANSWER = 8
 LONG_ANSWER = 64
+RUNS = 10**6
 _TASK = "\n\nTell me a long story in which these words occur in this order."
 _TURNS = ("Go on with the story.", "Go on, and tell me about everybody in it.", "How does the story end?")
 
@@ -33,16 +34,19 @@ class Measured:
     after_restart: list[Answer] = field(default_factory=list)
 
 
-def measure(server: Server, tokens: int, conversations: int, say: Callable[[str], None]) -> Measured:
+def measure(server: Server, tokens: int, conversations: int, run: int, say: Callable[[str], None]) -> Measured:
     """Asks a server that runs: for each conversation a first request of about `tokens` tokens and two follow-ups at once, then,
     after one restart of the server, the next turn of each.
+
+    Prompts are the same for the same `run`, below RUNS, and new for any other: a server of the user's may have a cache that
+    outlives it.
     """
     say("prompt")
     count = words_for(tokens, lambda text: server.ask([_user(text + _TASK)], 1).prompt_tokens)
     measured, talks = Measured(), list[list[Message]]()
     for number in range(1, conversations + 1):
         of = f"{number} of {conversations}"
-        talk = [_user(words(number, count) + _TASK)]
+        talk = [_user(words(number * RUNS + run, count) + _TASK)]
         talks.append(talk)
         say(f"first request {of}")
         measured.first.append(_turn(server, talk, SHORT_ANSWER))

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import psutil
 
+from support.families import PROMPTS, TOKENS, reference
 from support.launched import Launcher, Reply, chat
 from support.waiting import until
 
@@ -93,6 +94,21 @@ class Cluster(Launcher):
         said: str = until(look, NAMED_S - (time.monotonic() - began), f"the name of {rank}")
         TABLE.append((fault, time.monotonic() - began, said))
         return said
+
+
+def turns() -> list[list[dict[str, Any]]]:
+    """A conversation of each length, as it begins."""
+    return [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+
+
+def answers(cluster: Cluster) -> list[str]:
+    return [cluster.chat(turn, max_tokens=TOKENS).text for turn in turns()]
+
+
+def expected(model: Path) -> list[str]:
+    """What one machine answers."""
+    # mlx-lm's streaming detokenizer drops a leading space.
+    return [text.removeprefix(" ") for text in reference(model, turns())]
 
 
 def inside(namespace: str, call: Callable[[], T]) -> T:

@@ -9,12 +9,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from support.launched import Reply, chat
 from support.waiting import until
 
 
@@ -92,11 +90,6 @@ class Host:
     def log(self) -> str:
         self._output.seek(0)
         return self._output.read().decode()
-
-    def timed_chat(self, content: str, **fields: Any) -> tuple[Reply, float]:
-        began = time.perf_counter()
-        reply = chat(self.port, content, **fields)
-        return reply, time.perf_counter() - began
 
     def _read(self) -> None:
         for line in self.channel.makefile("rb"):

@@ -5,7 +5,6 @@ from typing import Any
 TEXT: dict[str, Any] = {"type": "string"}
 FLAG: dict[str, Any] = {"type": "boolean"}
 ID: dict[str, Any] = {"type": "string", "pattern": "^[a-z]{2,8}_[0-9]{1,4}$"}
-LINE: dict[str, Any] = {"type": "integer", "minimum": 1, "maximum": 5000}
 PATH: dict[str, Any] = {"type": "string", "description": "An absolute path, beginning with a slash"}
 
 

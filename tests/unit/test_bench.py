@@ -4,19 +4,24 @@ import http.server
 import importlib.util
 import itertools
 import json
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.supervised import make_plan
 
 from mlx_launcher.bench import plot
 from mlx_launcher.bench.client import Address, Answer, Message, ask
 from mlx_launcher.bench.figures import Outcome, Spread, Stored, as_json
 from mlx_launcher.bench.measure import Measured, measure
 from mlx_launcher.bench.prompt import WORDS, words, words_for
+from mlx_launcher.cli.bench import _one_interrupt
 from mlx_launcher.cli.bench_table import digits, lines
+from mlx_launcher.cli.throwaway import Throwaway, isolated
 from mlx_launcher.errors import LaunchError
 
 FAILURE = LaunchError("failed", "its server failed: the weights are torn", "Download them again")
@@ -72,7 +77,7 @@ class Recorder:
 
 def test_each_conversation_grows_and_goes_on_after_one_restart() -> None:
     server, said = Recorder(), list[str]()
-    measured = measure(server, 2000, 3, said.append)
+    measured = measure(server, 2000, 3, 0, said.append)
     probes, requests = server.asked[:2], server.asked[2:]
     assert [max_tokens for max_tokens, _ in probes] == [1, 1]
     assert [max_tokens for max_tokens, _ in requests] == [8, 8, 64] * 3 + [8] * 3
@@ -90,12 +95,60 @@ def test_each_conversation_grows_and_goes_on_after_one_restart() -> None:
     assert "restart" in said
 
 
+def test_prompts_are_new_in_every_run_and_the_same_for_all_backends_of_one() -> None:
+    """A server of the user's may keep a cache that knows those of the last run."""
+
+    def first_words(run: int) -> list[str]:
+        server = Recorder()
+        measure(server, 300, 3, run, lambda _: None)
+        return [messages[0]["content"].split()[0] for _, messages in server.asked[2:]]
+
+    assert first_words(7) == first_words(7)
+    assert not set(first_words(7)) & set(first_words(8))
+    assert len({word[0] for word in first_words(7)}) == 3
+
+
+def test_a_measured_server_takes_nothing_that_the_users_own_has(tmp_path: Path) -> None:
+    plan: Any = make_plan(tmp_path, 8081, metrics_port=9100, standby=True, idle_timeout_s=60.0)
+    plan["backend"]["settings"]["cache"] = {}
+    alone = isolated(plan, tmp_path / "kvcache")
+    assert (alone["metrics_port"], alone["standby"], alone["idle_timeout_s"], alone["fallback"]) == (
+        None,
+        False,
+        0,
+        None,
+    )
+    assert plan["metrics_port"] == 9100
+
+
+def test_where_nothing_can_be_written_it_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    plan: Any = make_plan(tmp_path / "file" / "8081", 8081)
+    with pytest.raises(LaunchError, match=r"nothing can be written to .*8081: Not a directory") as refused:
+        Throwaway(plan, lambda _: None)
+    assert "room" in refused.value.hint
+
+
+def test_a_signal_is_an_interrupt_unless_it_is_ignored_as_nohup_has_it() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _one_interrupt():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_rates_count_what_was_computed() -> None:
     one = answer(3.0, first_s=1.0, last_s=3.0, prompt_tokens=100, cached_tokens=60, completion_tokens=9)
     assert (one.prefill_rate, one.decode_rate) == (40.0, 4.0)
     assert one._replace(cached_tokens=None).prefill_rate == 100.0
     assert one._replace(prompt_tokens=None).prefill_rate is None
     assert one._replace(pieces=7).decode_rate is None
+    assert one._replace(last_s=one.first_s + 0.05).decode_rate is None
     assert one._replace(completion_tokens=None).decode_rate is None
 
 
@@ -131,6 +184,13 @@ def test_the_table_fits_a_terminal_and_leaves_nobody_out() -> None:
     assert shown[-1] == "torn: its server failed: the weights are torn"
     silent = [line for line in shown if line.startswith("  cached tokens")][-1]
     assert silent.split()[-1] == "-"
+
+
+def test_one_value_has_no_spread() -> None:
+    once = Outcome("mlx", Measured(*([answer(3.0)] for _ in range(4))))
+    shown = list(lines([once]))
+    assert "±" not in "".join(shown)
+    assert shown[2].split() == ["first", "request", "3.00", "s"]
 
 
 def test_what_scripts_get() -> None:
@@ -189,6 +249,9 @@ def canned() -> Iterator[Callable[..., tuple[Address, list[Any]]]]:
     server.server_close()
 
 
+DONE = b"data: [DONE]\n\n"
+
+
 def stream(*events: Any) -> bytes:
     return b": waiting\n\n" + b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events)
 
@@ -200,7 +263,7 @@ def text(content: str) -> Any:
 def test_a_stream_is_read_with_its_usage(canned: Callable[..., tuple[Address, list[Any]]]) -> None:
     usage = {"prompt_tokens": 30, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 20}}
     role = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
-    raw = stream(role, text("one"), text(" two"), {"choices": [], "usage": usage}) + b"data: [DONE]\n\n"
+    raw = stream(role, text("one"), text(" two"), {"choices": [], "usage": usage}) + DONE
     address, asked = canned(raw)
     got = ask(address, [{"role": "user", "content": "Hi"}], 2)
     assert (got.text, got.prompt_tokens, got.cached_tokens, got.completion_tokens) == ("one two", 30, 20, 2)
@@ -211,8 +274,13 @@ def test_a_stream_is_read_with_its_usage(canned: Callable[..., tuple[Address, li
 
 
 def test_a_server_without_usage_has_none(canned: Callable[..., tuple[Address, list[Any]]]) -> None:
-    address, _ = canned(stream(text("one")))
+    address, _ = canned(stream(text("one")) + DONE)
     assert ask(address, [], 2)[4:] == (None, None, None, 1)
+
+
+def test_an_event_without_anything_in_it_is_passed_over(canned: Callable[..., tuple[Address, list[Any]]]) -> None:
+    address, _ = canned(stream({"choices": [{"delta": None}]}, {"choices": None, "usage": None}, text("one")) + DONE)
+    assert ask(address, [], 2).text == "one"
 
 
 @pytest.mark.parametrize(
@@ -222,6 +290,7 @@ def test_a_server_without_usage_has_none(canned: Callable[..., tuple[Address, li
         (500, b"<html>", "HTTP 500"),
         (200, stream({"error": {"message": "out of memory"}}), "out of memory"),
         (200, b"data: {\n\n", "not JSON"),
+        (200, stream(text("one")), "broke off"),  # it died in the middle of an answer
     ],
 )
 def test_an_error_is_told_in_the_servers_words(
