@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Literal
 
 from mlx_launcher.backends.serving import Serving
@@ -13,6 +14,12 @@ from mlx_launcher.plan import Backend
 def textgen(serving: Serving, settings: Settings) -> Backend:
     """The backend for a model on disk. A key that is not required is accepted and not asked for."""
     return host(serving, settings, "textgen")
+
+
+def prompt_files(settings: Settings) -> list[Path]:
+    """What `warmup.promptFiles` names, absolute."""
+    base = settings.base("warmup.promptFiles", "/")
+    return [base / os.path.expanduser(file) for file in settings["warmup.promptFiles"]]  # noqa: PTH111
 
 
 def host(serving: Serving, settings: Settings, name: Literal["textgen", "legacy", "cluster"]) -> Backend:
@@ -39,10 +46,7 @@ def host(serving: Serving, settings: Settings, name: Literal["textgen", "legacy"
             "max_queue": settings["maxQueue"],
             "max_body_bytes": defaults.MAX_BODY_BYTES,
             "prefill_batch": defaults.PREFILL_BATCH,
-            "warmup": [
-                str(settings.base("warmup.promptFiles", "/") / os.path.expanduser(file))  # noqa: PTH111
-                for file in settings["warmup.promptFiles"]
-            ],
+            "warmup": list(map(str, prompt_files(settings))),
             "cache": {
                 "enabled": settings["cache.enable_cache"],
                 "dir": cache or str(state / "kvcache"),

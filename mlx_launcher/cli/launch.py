@@ -116,7 +116,12 @@ def plan_file(plan: Plan) -> IO[bytes]:
     return file
 
 
-def spawn(plan: Plan, *switches: str, began: Callable[[subprocess.Popen[bytes]], object] = lambda _: None) -> None:
+def spawn(
+    plan: Plan,
+    *switches: str,
+    began: Callable[[subprocess.Popen[bytes]], object] = lambda _: None,
+    stdout: int = subprocess.DEVNULL,
+) -> None:
     """Starts a supervisor in a session of its own and returns when it owns the port; `began` gets its process at once.
 
     LaunchError: what it has against the plan, `no_report` when it says nothing.
@@ -131,7 +136,7 @@ def spawn(plan: Plan, *switches: str, began: Callable[[subprocess.Popen[bytes]],
                 start_new_session=True,
                 env=supervisor_environment(),
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
+                stdout=stdout,
                 stderr=subprocess.DEVNULL,
             )
         began(process)

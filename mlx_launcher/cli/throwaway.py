@@ -36,7 +36,8 @@ def directory(state_dir: Path) -> Iterator[Path]:
     create_state_dir(state_dir)
     for left in state_dir.glob(f"{_PREFIX}*"):
         _remove_if_left(left)
-    path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=state_dir))
+    with _writing_to(state_dir):
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=state_dir))
     lock = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -44,6 +45,16 @@ def directory(state_dir: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
+
+
+@contextlib.contextmanager
+def _writing_to(place: Path) -> Iterator[None]:
+    """LaunchError `state_dir` for what the file system has against it: a full disk, above all."""
+    try:
+        yield
+    except OSError as error:
+        what = f"nothing can be written to {place}: {error.strerror or error}"
+        raise LaunchError("state_dir", what, "Make room there, or give another --state-dir") from None
 
 
 def _remove_if_left(path: Path) -> None:
@@ -70,10 +81,10 @@ def isolated(plan: Plan, cache: Path) -> Plan:
     """The plan for a measurement: another cache folder and nothing that would blur it.
 
     Only on loopback and without a key. No fallback, which would be measured in its place; no second try after a crash; no end
-    for want of work; no standby, so that a restart is one; no warm-up.
+    for want of work; no standby, so that a restart is one; no warm-up; no page of metrics, whose port the user's server has.
     """
     made = copy.deepcopy(plan)
-    made["fallback"] = None
+    made["fallback"], made["metrics_port"] = None, None
     made["idle_timeout_s"], made["standby"] = 0.0, False
     made["restart"]["max_restarts"] = 0
     settings = made["backend"]["settings"]
@@ -99,9 +110,13 @@ class Throwaway:
         self._address = Address(plan["hosts"][0], plan["port"], plan["model"]["id"], backend.get("api_key"))
 
     def __enter__(self) -> "Throwaway":
+        # If we are killed it ends by itself, however early that is: nobody else can read what it writes then.
+        self._held, theirs = os.pipe()
         try:
-            # With its caller: if we are killed, it ends by itself.
-            spawn(self._plan, "--with-caller", began=self._began)
+            try:
+                spawn(self._plan, "--with-caller", began=self._began, stdout=theirs)
+            finally:
+                os.close(theirs)
             self._wait_until(lambda status: status["state"] == "ready")
         except BaseException:
             self.__exit__()
@@ -111,8 +126,13 @@ class Throwaway:
     def __exit__(self, *_: object) -> None:
         """Ends it without waiting for what it does."""
         process, self._process = self._process, None
-        if process is None or process.poll() is not None:
-            return
+        try:
+            if process is not None and process.poll() is None:
+                self._end(process)
+        finally:
+            os.close(self._held)
+
+    def _end(self, process: "subprocess.Popen[bytes]") -> None:
         try:
             ask(self._instance, {"do": "stop", "timeout_s": 0}, patience_s=0)
         except LaunchError:
@@ -185,12 +205,13 @@ def _gave_up(status: dict[str, Any]) -> LaunchError:
 def _repeatable(plan: Plan) -> Plan:
     """The plan, with a restart that finds the same: the command would make it from the file, with the user's cache folder."""
     instance = Path(plan["instance"])
-    instance.mkdir(mode=0o700, parents=True)
     file = instance / "plan.json"
     again: Plan = {**plan, "source": {"argv": ["cat", os.fspath(file)], "cwd": "/", "env": supervisor_environment()}}
     envelope = {"ok": True, "data": again, "errors": []}
-    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
-        json.dump(envelope, out)
+    with _writing_to(instance):
+        instance.mkdir(mode=0o700, parents=True)
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+            json.dump(envelope, out)
     return again
 
 

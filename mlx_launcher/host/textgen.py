@@ -22,7 +22,7 @@ from mlx_launcher.host import chat, corrections, events
 from mlx_launcher.host.channels import CALL_START
 from mlx_launcher.host.corrections import DEFAULT_TOOL_SYSTEM, GENERATION_STREAM, Sampler, SamplingParams
 from mlx_launcher.host.decoding import Sequence
-from mlx_launcher.host.engine import Counters
+from mlx_launcher.host.engine import Counters, where
 from mlx_launcher.host.errors import EmptyPromptError, ModelFault, RequestError
 from mlx_launcher.host.guided import Guides, guide_grammar, tool_call_grammar
 from mlx_launcher.host.kvfiles import State
@@ -195,14 +195,20 @@ class Textgen:
             self._states.keep(state, sequence.held_tokens())
 
     def _warm(self, request: Generation, wanted: threading.Event) -> None:
-        """Brings a prompt into the cache, as far as it gets before somebody asks for the thread."""
+        """Brings a prompt into the cache, as far as it gets before somebody asks for the thread. One that fails is not tried
+        again: it would fail whenever nobody asks.
+        """
         try:
-            token_ids = self._model.prepare_inputs(self._prompts(request)[0])["input_ids"]
-            tokens: list[int] = token_ids[0].tolist()
-            self._fit(len(tokens), 1)
+            self._warm_up(request, wanted)
         except RequestError as error:
             self._warmup.skip(error.message)
-            return
+        except Exception as error:
+            self._warmup.skip(where(error))
+
+    def _warm_up(self, request: Generation, wanted: threading.Event) -> None:
+        token_ids = self._model.prepare_inputs(self._prompts(request)[0])["input_ids"]
+        tokens: list[int] = token_ids[0].tolist()
+        self._fit(len(tokens), 1)
         state, cached = self._states.restore(tokens)
         if cached == len(tokens) - 1:
             self._states.keep(state, tokens[:cached])

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 import pytest
 from support.launched import Launcher, chat
 from support.waiting import until
@@ -118,6 +119,23 @@ def test_what_ends_it_leaves_nothing(launcher: Launcher, random_model: Path, num
     assert process.returncode == 130
     assert launcher.processes() == []
     assert left(launcher) == []
+
+
+def test_the_server_of_one_that_was_killed_as_it_began_goes_too(launcher: Launcher, random_model: Path) -> None:
+    process = subprocess.Popen(
+        [
+            *[sys.executable, "-m", "mlx_launcher", "--state-dir", str(launcher.state_dir)],
+            *["bench", "--model", str(random_model), "--backends", "mlx"],
+        ],
+        env={**os.environ, "MLX_LAUNCH_TEST": str(launcher.state_dir)},
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    with process:
+        until(psutil.Process(process.pid).children, what="its supervisor")
+        (supervisor,) = psutil.Process(process.pid).children()
+        process.kill()
+    assert psutil.wait_procs([supervisor], timeout=30)[1] == []
 
 
 def test_what_a_killed_one_left_goes_with_the_next(launcher: Launcher) -> None:
