@@ -8,10 +8,12 @@ if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
   echo "cluster-hosts: only root on Debian can install openssh-server, openssh-client and iproute2" >&2
   exit 0
 fi
-# No server of the machine's own is to be started by it.
-printf '#!/bin/sh\nexit 101\n' >/tmp/cluster-hosts-policy
-chmod 755 /tmp/cluster-hosts-policy
-had=no
-[ -e /usr/sbin/policy-rc.d ] && had=yes || mv /tmp/cluster-hosts-policy /usr/sbin/policy-rc.d
+# No server of the machine's own is to be started by it; afterwards, however that went, they may be again.
+policy=/usr/sbin/policy-rc.d
+if [ ! -e "$policy" ]; then
+  trap 'rm -f "$policy"' EXIT
+  trap 'exit 1' INT TERM
+  printf '#!/bin/sh\nexit 101\n' >"$policy"
+  chmod 755 "$policy"
+fi
 apt-get install -y --no-install-recommends openssh-server openssh-client iproute2
-[ "$had" = yes ] || rm -f /usr/sbin/policy-rc.d

@@ -6,7 +6,16 @@ from pathlib import Path
 from mlx_launcher.backends.cluster import cluster
 from mlx_launcher.backends.command import command, needs_model
 from mlx_launcher.backends.legacy import legacy
-from mlx_launcher.backends.models import Found, Say, check_model, find_model, no_model, served_names
+from mlx_launcher.backends.models import (
+    Found,
+    Say,
+    check_model,
+    demo_directory,
+    find_model,
+    no_model,
+    require_model,
+    served_names,
+)
 from mlx_launcher.backends.script import script
 from mlx_launcher.backends.serving import Caller, Serving
 from mlx_launcher.backends.textgen import textgen
@@ -19,7 +28,7 @@ from mlx_launcher.config.problems import error, invalid
 from mlx_launcher.errors import LaunchError
 from mlx_launcher.plan import Backend, Plan, Source
 
-__all__ = ["Caller", "Flags", "assemble"]
+__all__ = ["Caller", "Flags", "assemble", "refuse_beforehand"]
 
 
 def assemble(
@@ -90,6 +99,23 @@ def assemble(
     }
 
 
+def refuse_beforehand(flags: Flags, state_dir: Path, caller: Caller, document: Document) -> None:
+    """LaunchError as `assemble`, for as much as can be told without a download and without building the demo model."""
+    settings = settle(flags, caller.environment, document)
+    kind = which(settings, caller.cwd)
+    _require_key(settings, _key(settings, caller.cwd), urls.address(settings["host"])[1])
+    if flags.demo and not demo_directory(state_dir).exists():
+        return
+    try:
+        if not flags.demo:
+            require_model(settings, caller.cwd, caller.environment, kind.name not in BUILT_IN)
+    except LaunchError as error:
+        if error.code != "model_absent":
+            raise
+    else:
+        assemble(flags, state_dir, caller, document)
+
+
 def _without_effect(settings: Settings, backend: Backend) -> list[str]:
     """What is set and cannot be had of a server that binds the port itself: nobody knows what it has in flight."""
     if backend["kind"] == "host":
@@ -108,8 +134,13 @@ def _metrics_port(settings: Settings) -> int | None:
 
 def _key(settings: Settings, cwd: str) -> str | None:
     """The key in force: the environment's or the file's own, else what the file's `apiKeyFile` holds."""
-    if settings["apiKey"] or not settings["apiKeyFile"]:
-        return settings["apiKey"] or None
+    if key := settings["apiKey"]:
+        if not key.isprintable():
+            problem = error((), "the key has a newline or another sign in it that no request can carry", "Correct it")
+            raise invalid(settings.origin("apiKey"), problem)
+        return str(key)
+    if not settings["apiKeyFile"]:
+        return None
     file = os.path.expanduser(settings["apiKeyFile"])  # noqa: PTH111
     return read_key(settings.base("apiKeyFile", cwd) / file)
 

@@ -142,14 +142,36 @@ def check_around(
     wrong = f"{settings.document.name}: {problems[0].key}: {problems[0].message}" if problems else "agrees with itself"
     configuration = Check("configuration", not problems, wrong, problems[0].hint if problems else "")
     anything = target.ours is None  # a script of the user's may load other formats than MLX's
+    path = Path(running_model) if running_model is not None else None
     try:
-        if running_model is None:
-            require_model(settings, cwd, environment, anything)
-        elif not anything or not os.path.exists(running_model):  # noqa: PTH110 - answers no where Path.exists raises
-            check_model(Path(running_model))
+        if path is None:
+            path = require_model(settings, cwd, environment, anything)
+        elif not anything or not os.path.exists(path):  # noqa: PTH110 - answers no where Path.exists raises
+            check_model(path)
     except LaunchError as error:
         return [configuration, Check("model", False, error.message, error.hint)]
-    return [configuration, Check("model", True, "there" if anything else "whole and readable")]
+    model = Check("model", True, "there" if anything else "whole and readable")
+    if anything or path is None or not _is_cluster(settings, cwd):
+        return [configuration, model]
+    return [configuration, model, _memory(path)]
+
+
+def _is_cluster(settings: Settings, cwd: str) -> bool:
+    try:
+        return which(settings, cwd).name == "cluster"
+    except LaunchError:
+        return False
+
+
+def _memory(path: Path) -> Check:
+    """Whether this machine alone can hold what several held until now."""
+    from mlx_launcher.models import fit
+
+    try:
+        fit.check(path, force=False)
+    except LaunchError as error:
+        return Check("memory", False, error.message, "Stay with the cluster, or choose a smaller model")
+    return Check("memory", True, "the model fits into this machine alone")
 
 
 def _afterwards(settings: Settings, target: Target) -> Document:
@@ -255,8 +277,10 @@ def _interpreter(target: Target, tree: ast.Module | None) -> list[Check]:
 
 def _run(argv: list[str], data: bytes = b"") -> str:
     """What a short program says, on either stream; why it could not, where it could not."""
+    # Of a locale that is not installed bash complains before it has read a line.
+    environment = {**os.environ, "LC_ALL": "C"}
     try:
-        done = subprocess.run(argv, input=data, capture_output=True, timeout=_LIMIT_S, check=False)
+        done = subprocess.run(argv, input=data, capture_output=True, timeout=_LIMIT_S, check=False, env=environment)
     except subprocess.TimeoutExpired:
         return f"no answer within {_LIMIT_S} s"
     except OSError as error:

@@ -9,14 +9,14 @@ import os
 import socket
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 from urllib.parse import urlsplit
 
 from mlx_launcher.backends.serving import Serving
 from mlx_launcher.backends.textgen import host
+from mlx_launcher.config.defaults import STRATEGIES
 from mlx_launcher.config.layers import Settings
 from mlx_launcher.errors import EXIT_CONFIG, LaunchError
-from mlx_launcher.models.architectures import splits
 from mlx_launcher.models.directory import BrokenModelError, read_config
 from mlx_launcher.plan import Backend
 
@@ -26,6 +26,7 @@ SSH = [
     *("-oControlMaster=no", "-oControlPath=none"),
 ]
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_INSTEAD = "Change the number of machines, distributed.strategy, or the model"
 _ELSEWHERE = "Name the machines in distributed.peers, or in a file named by distributed.hostFile"
 
 
@@ -84,13 +85,20 @@ def members(settings: Settings, cwd: str) -> Machines:
     else:
         peers = [peer.get("host") for peer in settings["distributed.peers"]]
         nodes = (settings["discovery.nodes"] or []) if not peers else []
-        machines = Machines(_with_this_one([*peers, *(urlsplit(node.get("url") or "").hostname for node in nodes)]))
+        machines = Machines(_with_this_one([*peers, *(_host_of(node.get("url") or "") for node in nodes)]))
     if len(machines.members) < 2:
         raise LaunchError("cluster_hosts", "the cluster is of this machine alone", _ELSEWHERE, EXIT_CONFIG)
     if not machines.members[0]["here"]:
         what = f"the first machine of the cluster, {machines.members[0]['host']}, is not this one"
         raise LaunchError("cluster_hosts", what, "Put this machine first, or start it there", EXIT_CONFIG)
     return machines
+
+
+def _host_of(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:  # "http://[x"
+        return None
 
 
 def _with_this_one(hosts: list[str | None]) -> list[Member]:
@@ -118,7 +126,7 @@ def _of_file(file: Path) -> Machines:
             ips = [str(ipaddress.IPv4Address(ip)) for ip in entry["ips"]]
             member: Member = {"host": str(entry["ssh"]), "ips": ips, "here": _is_here(ips[0])}
             if entry.get("rdma"):
-                member["rdma"] = entry["rdma"]
+                member["rdma"] = list(entry["rdma"])
             found.append(member)
         envs = tuple(str(text) for text in written.get("envs", []))
         if not all("=" in text for text in envs):
@@ -167,8 +175,6 @@ def _link(settings: Settings, machines: Machines) -> str:
     if asked == "jaccl" and not devices:
         hint = "Name them as rdma in a file named by distributed.hostFile (mlx.distributed_config writes one)"
         raise LaunchError("cluster_hosts", "JACCL wants the RDMA devices of all machines", hint, EXIT_CONFIG)
-    if asked not in ("auto", "ring", "jaccl"):
-        settings.notes.append(f"distributed.connection {asked} is not known here; MLX's ring is used")
     wanted = machines.backend if asked == "auto" else asked
     return "jaccl" if wanted == "jaccl" and devices else "ring"
 
@@ -179,19 +185,20 @@ def split(path: Path, count: int, asked: str) -> tuple[str, str]:
         config = read_config(path)
     except BrokenModelError as error:
         raise LaunchError("model_incomplete", error.reason, error.hint.rstrip(".")) from None
-    against = _against(config, count)
-    name = config["model_type"]
-    asked = asked.lower()
-    if asked not in ("auto", "tensor", "pipeline"):
+    # Only a cluster costs these imports.
+    from mlx_launcher.models import splitting
+
+    name, asked = config["model_type"], asked.lower()
+    if asked not in STRATEGIES:
         what = f"distributed.strategy: {asked} is not known"
-        raise LaunchError("config_invalid", what, "auto, tensor or pipeline", EXIT_CONFIG)
-    for strategy in ("tensor", "pipeline") if asked == "auto" else (asked,):
-        if strategy not in against:
+        raise LaunchError("config_invalid", what, f"Known: {', '.join(STRATEGIES)}", EXIT_CONFIG)
+    works, against = splitting.strategies(config, count)
+    for strategy in works:
+        if asked in ("auto", strategy):
             why = "as it was asked for" if asked != "auto" else _why(strategy, against.get("tensor"))
             return strategy, f"{name} on {count} machines: {_SHAPES[strategy]}, {why}"
-    reasons = "; ".join(f"no {way}: {against[way]}" for way in ("tensor", "pipeline") if way in against)
-    hint = "Take another number of machines, another distributed.strategy, or another model"
-    raise LaunchError("cluster_split", f"{name} cannot be split among {count} machines: {reasons}", hint)
+    reasons = "; ".join(f"no {way}: {why}" for way, why in against.items() if asked in ("auto", way))
+    raise LaunchError("cluster_split", f"{name} cannot be split among {count} machines: {reasons}", _INSTEAD)
 
 
 _SHAPES = {"tensor": "each has a part of every layer (tensor)", "pipeline": "each has some of the layers (pipeline)"}
@@ -201,22 +208,3 @@ def _why(strategy: str, against_tensor: str | None) -> str:
     if strategy == "tensor":
         return "all work on every token, and its attention heads can be shared evenly"
     return f"as tensor is not possible: {against_tensor}"
-
-
-def _against(config: dict[str, Any], count: int) -> dict[str, str]:
-    """What speaks against each way; what mlx-lm's source does not tell is found when it loads."""
-    text = next(
-        (part for key in ("text_config", "language_config") if isinstance(part := config.get(key), dict)), config
-    )
-    ways, found = splits(config), {}
-    heads = [text.get(key) for key in ("num_attention_heads", "num_key_value_heads")]
-    if "tensor" not in ways:
-        found["tensor"] = "mlx-lm cannot do it with this architecture"
-    elif odd := [number for number in heads if isinstance(number, int) and number % count]:
-        found["tensor"] = f"{odd[-1]} attention heads cannot be shared evenly"
-    layers = text.get("num_hidden_layers")
-    if "pipeline" not in ways:
-        found["pipeline"] = "mlx-lm cannot do it with this architecture"
-    elif isinstance(layers, int) and layers < count:
-        found["pipeline"] = f"it has {layers} layers"
-    return found

@@ -75,9 +75,13 @@ def no_model(settings: Settings) -> LaunchError:
     where = f"{settings.document.name}: backends.{settings.block}"
     hint = "Set modelPath there to a directory or org/name, or give --model"
     if settings["model"]:
-        what = f'{where}.model: "{settings["model"]}" is a name, and no path says which model that is'
+        where += ".model"
+        if not settings.from_file("model"):
+            where = settings.origin("model")
+            hint = f"Set {where.removeprefix('environment ')} to a directory or org/name, or give --model"
+        what = f'{where}: "{settings["model"]}" is a name, and no path says which model that is'
         if settings["model"] == "current-model":
-            what = f'{where}.model: "current-model" is whatever LM Studio has loaded: nothing is to be started for it'
+            what = f'{where}: "current-model" is whatever LM Studio has loaded: nothing is to be started for it'
     elif settings.block not in (settings.document.data.get("backends") or {}):
         what = f"{settings.document.name} has no backend {settings.block}, and nothing else names a model"
         hint = "Choose one of its backends with --mode, or give --model"

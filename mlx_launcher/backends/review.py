@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 
 from mlx_launcher.backends.models import require_model
+from mlx_launcher.backends.textgen import prompt_files
 from mlx_launcher.backends.which import BUILT_IN, which
 from mlx_launcher.config.check import check_all
 from mlx_launcher.config.document import Document
-from mlx_launcher.config.layers import Flags, settle
+from mlx_launcher.config.layers import Flags, Settings, settle
 from mlx_launcher.config.problems import Problem, error, warning
 from mlx_launcher.errors import EXIT_CONFIG, LaunchError
 
@@ -22,12 +23,23 @@ def review(flags: Flags, environment: Mapping[str, str], document: Document, cwd
     try:
         settings = settle(flags, environment, document)
         kind = which(settings, cwd)
+        problems += _missing_prompts(settings)
         require_model(settings, cwd, environment, anything=kind.name not in BUILT_IN)
     except LaunchError as failure:
         # A backend that needs no server, or a model that is not here yet, is nothing that is wrong with the file.
         severe = failure.exit_code == EXIT_CONFIG
-        message = failure.message.removeprefix(f"{document.file} ")
+        message = failure.message.removeprefix(str(document.file)).lstrip(": ")
         found = (error if severe else warning)((), message, failure.hint)
         if not any(problem.message in failure.message for problem in problems):
             problems.append(found)
     return problems
+
+
+def _missing_prompts(settings: Settings) -> list[Problem]:
+    """Only warnings: a server passes them over."""
+    place = ("backends", settings.block, "warmup", "promptFiles")
+    return [
+        warning((*place, str(number)), f"there is no file {file}", "Capture a request there, or take it out")
+        for number, file in enumerate(prompt_files(settings))
+        if not file.is_file()
+    ]

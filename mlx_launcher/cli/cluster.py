@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
@@ -14,15 +15,18 @@ import click
 from mlx_launcher.backends import cluster as machines
 from mlx_launcher.backends.models import find_model, no_model
 from mlx_launcher.backends.serving import Caller
-from mlx_launcher.cli.configured import current_directory, document_in_force
+from mlx_launcher.cli.configured import current_directory
 from mlx_launcher.cli.groups import Table
+from mlx_launcher.cli.launch import build_demo_model, document_to_serve
 from mlx_launcher.cli.options import json_option, model_options
 from mlx_launcher.cli.output import App, Result, clean
+from mlx_launcher.cli.screen import WIDTH, wrapped
 from mlx_launcher.config.layers import Flags, Settings, settle
+from mlx_launcher.config.paths import create_state_dir
 from mlx_launcher.errors import LaunchError
 
 _PROBE_S = 60.0
-_LABEL = 10
+_RESULT, _LABEL = 10, 10  # columns
 
 
 class Check(NamedTuple):
@@ -44,6 +48,7 @@ class Check(NamedTuple):
     modules={"size": "mlx_launcher.cli.cluster_size"},
     no_args_is_help=False,
 )
+@json_option
 def command() -> None:
     """Look at the machines that serve one model together."""
 
@@ -55,11 +60,16 @@ def command() -> None:
 def check_(app: App, /, **given: Any) -> Result:
     """Check each machine of the cluster, with the remedy of whatever is wrong.
 
-    That ssh reaches it without a question, that Python and the packages are the same as here, that the model is there and
-    the same, that its addresses are its own, and JACCL where it is asked for. Exits with 1 if anything fails.
+    That the model can be split among them; of each that ssh reaches it without a question, that Python and the packages are
+    the same as here, that the model is there and the same, that its addresses are its own, and JACCL where it is asked for.
+    Exits with 1 if anything fails.
     """
     cwd = current_directory()
-    settings = settle(Flags(**given), os.environ, document_in_force(app))
+    flags = Flags(**given)
+    settings = settle(flags, os.environ, document_to_serve(app, flags))
+    if flags.demo:
+        create_state_dir(app.state_dir)
+        build_demo_model(app.state_dir)
     found = find_model(settings, app.state_dir, Caller([], cwd, os.environ))
     if found is None:
         raise no_model(settings)
@@ -70,23 +80,35 @@ def check_(app: App, /, **given: Any) -> Result:
     jaccl = settings["distributed.connection"] == "jaccl" or cluster.backend == "jaccl"
     here = probes[0] if isinstance(probes[0], dict) else {}
     data: list[dict[str, Any]] = []
-    lines: list[str] = []
-    bad = 0
+    split = _split(path, len(cluster.members), settings["distributed.strategy"])
+    lines = ["all machines", *_lines(split)]
+    bad = int(not split.ok)
     for rank, (member, probe) in enumerate(zip(cluster.members, probes, strict=True)):
-        checks = list(_checks(settings, member, probe, here, path, jaccl))
+        checks = list(_checks(member, probe, here, path, jaccl, settings["distributed.sshOptions"]))
         bad += sum(not check.ok for check in checks)
         data.append({"rank": rank, "host": member["host"], "checks": [check._asdict() for check in checks]})
         lines.append(f"rank {rank}, {clean(member['host'])}")
         lines += [line for check in checks for line in _lines(check)]
-    failed = LaunchError("cluster_check", f"{bad} checks failed", "Each has its remedy above") if bad else None
-    return Result({"hosts": data}, lines, failed)
+    what = f"{bad} check{'s'[: bad != 1]} failed"
+    failed = LaunchError("cluster_check", what, "Each has its remedy above") if bad else None
+    return Result({"split": split._asdict(), "hosts": data}, lines, failed)
+
+
+def _split(path: str, count: int, asked: str) -> Check:
+    """What a start would decide."""
+    try:
+        return Check("split", True, machines.split(Path(path), count, asked)[1])
+    except LaunchError as error:
+        return Check("split", False, error.message, error.hint)
 
 
 def _lines(check: Check) -> Iterator[str]:
-    yield f"  {'ok' if check.ok else 'failed':<7} {check.name:<{_LABEL}} {clean(check.message)}"
+    result = "ok" if check.ok else "failed"
+    for number, part in enumerate(wrapped(clean(check.message), WIDTH - _RESULT - _LABEL)):
+        yield f"{'' if number else f'  {result}':<{_RESULT}}{'' if number else check.name:<{_LABEL}}{part}"
     if check.hint:
-        # Not shortened: it is there to be copied.
-        yield f"          {'':<{_LABEL}}{clean(check.hint)}"
+        # Not broken up: it is there to be copied.
+        yield f"{'':<{_RESULT}}{clean(check.hint)}"
 
 
 def _probe(settings: Settings, member: machines.Member, path: str) -> dict[str, Any] | LaunchError:
@@ -103,7 +125,7 @@ def _probe(settings: Settings, member: machines.Member, path: str) -> dict[str, 
         return LaunchError("ssh", f"ssh cannot be started: {error.strerror}", "Install an ssh client")
     said = done.stderr.decode("utf-8", "replace").strip().splitlines() or [f"exit code {done.returncode}"]
     if done.returncode == 255 and not member["here"]:
-        return LaunchError("ssh", said[-1], _ssh_remedy(member["host"], said[-1]))
+        return LaunchError("ssh", said[-1], _ssh_remedy(settings, member["host"], said[-1]))
     try:
         answer: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
@@ -112,22 +134,22 @@ def _probe(settings: Settings, member: machines.Member, path: str) -> dict[str, 
     return answer
 
 
-def _ssh_remedy(host: str, said: str) -> str:
-    name = shlex.quote(host)
+def _ssh_remedy(settings: Settings, host: str, said: str) -> str:
+    words = shlex.join([*settings["distributed.sshOptions"], host])
     if "Permission denied" in said:
-        return f"ssh-copy-id {name}"
+        return f"ssh-copy-id {words}"
     if "Host key verification" in said:
-        return f"Connect once by hand and look at the key: ssh {name}"
-    return f"Turn on remote login there (an ssh server), and try: ssh {name} true"
+        return f"Connect once by hand and look at the key: ssh {words}"
+    return f"Turn on remote login there (an ssh server), and try: ssh {words} true"
 
 
 def _checks(
-    settings: Settings,
     member: machines.Member,
     probe: dict[str, Any] | LaunchError,
     here: dict[str, Any],
     path: str,
     jaccl: bool,
+    options: list[str],
 ) -> Iterator[Check]:
     if isinstance(probe, LaunchError):
         if probe.code == "python":
@@ -136,7 +158,7 @@ def _checks(
         return
     yield Check("ssh", True, "this machine" if member["here"] else "reached without a question")
     yield _versions(probe["versions"], here.get("versions", {}))
-    yield _model(member, probe, here, path)
+    yield _model(member, probe, here, path, options)
     strange = [ip for ip in member["ips"] if ip not in probe["addresses"]]
     if strange:
         own = ", ".join(ip for ip in probe["addresses"] if not ip.startswith("127."))
@@ -145,7 +167,7 @@ def _checks(
     else:
         yield Check("address", True, ", ".join(member["ips"]))
     if jaccl:
-        yield _jaccl(settings, member, probe)
+        yield _jaccl(member, probe)
 
 
 def _versions(there: dict[str, Any], here: dict[str, Any]) -> Check:
@@ -159,9 +181,15 @@ def _versions(there: dict[str, Any], here: dict[str, Any]) -> Check:
     )
 
 
-def _model(member: machines.Member, probe: dict[str, Any], here: dict[str, Any], path: str) -> Check:
+def _model(
+    member: machines.Member, probe: dict[str, Any], here: dict[str, Any], path: str, options: list[str]
+) -> Check:
     slash = path.rstrip("/") + "/"
-    copy = f"rsync -a --mkpath {shlex.quote(slash)} {shlex.quote(member['host'] + ':' + slash)}"
+    # Not rsync --mkpath, which macOS's does not know.
+    ssh = ["ssh", *options]
+    make = shlex.join([*ssh, member["host"], shlex.join(["mkdir", "-p", slash])])
+    through = ["-e", shlex.join(ssh)] if options else []
+    copy = f"{make} && {shlex.join(['rsync', '-a', *through, slash, member['host'] + ':' + slash])}"
     if probe["wrong"]:
         return Check("model", False, probe["wrong"], "" if member["here"] else copy)
     if probe["fingerprint"] != here.get("fingerprint"):
@@ -169,7 +197,7 @@ def _model(member: machines.Member, probe: dict[str, Any], here: dict[str, Any],
     return Check("model", True, f"{path}, the same as here ({probe['fingerprint']})")
 
 
-def _jaccl(settings: Settings, member: machines.Member, probe: dict[str, Any]) -> Check:
+def _jaccl(member: machines.Member, probe: dict[str, Any]) -> Check:
     if not probe["jaccl"]:
         hint = "It wants RDMA over Thunderbolt on macOS, see MLX's documentation; or set distributed.connection to ring"
         return Check("jaccl", False, "MLX cannot use JACCL on this machine", hint)

@@ -7,12 +7,12 @@ from typing import Any
 import click
 
 from mlx_launcher.cli.configured import current_directory
-from mlx_launcher.cli.options import json_option
+from mlx_launcher.cli.options import Number, Whole, json_option
 from mlx_launcher.cli.output import App, Result, clean
 from mlx_launcher.cli.screen import WIDTH, fit, size
 from mlx_launcher.config import values
 from mlx_launcher.errors import LaunchError
-from mlx_launcher.models import resolve, sizing
+from mlx_launcher.models import resolve, sizing, splitting
 from mlx_launcher.models.architectures import architecture
 from mlx_launcher.models.directory import BrokenModelError, check, read_config
 from mlx_launcher.models.facts import Tensors, read_tensors
@@ -34,24 +34,23 @@ _WHAT = {
 
 def _sizes(_: click.Context, option: click.Parameter, text: str | None) -> list[int] | None:
     try:
-        return None if text is None else [values.size(part.strip()) for part in text.split(",")]
+        return None if text is None else [values.typed_size(part.strip()) for part in text.split(",")]
     except ValueError as error:
         raise click.BadParameter(f"{error}, for each host, as in 64GB,128GB", param=option) from None
 
 
-_RATE = click.FloatRange(min=0, min_open=True)
+_RATE = Number(min=1e-6, max=1e9)
+_COUNT = Whole(1, 10**9)
 
 
 @click.command("size")
 @click.option("--model", metavar="DIR", required=True, help="The directory of an MLX model, or org/name on the hub.")
-@click.option("--hosts", type=click.IntRange(1, 64), metavar="N", help=f"How many hosts. [default: {_HOSTS}]")
+@click.option("--hosts", type=Whole(1, 64), metavar="N", help=f"How many hosts. [default: {_HOSTS}]")
 @click.option(
     "--memory", callback=_sizes, metavar="SIZES", help="What each Mac has: 64GB,128GB. [default: as this one]"
 )
-@click.option("--context", type=click.IntRange(1), default=PROMPT_TOKENS, metavar="N", help=_CONTEXT)
-@click.option(
-    "--conversations", type=click.IntRange(1), default=1, metavar="N", help="How many are kept at once. [default: 1]"
-)
+@click.option("--context", type=_COUNT, default=PROMPT_TOKENS, metavar="N", help=_CONTEXT)
+@click.option("--conversations", type=_COUNT, default=1, metavar="N", help="How many are kept at once. [default: 1]")
 @click.option("--strategy", type=click.Choice(["tensor", "pipeline"]), help="One of them. [default: those that work]")
 @click.option("--bandwidth", type=_RATE, metavar="GB/S", help="Of each host's memory, in GB a second.")
 @click.option("--link", type=_RATE, metavar="GB/S", help="Between two hosts, in GB a second.")
@@ -65,7 +64,7 @@ def command(
     memory: list[int] | None,
     context: int,
     conversations: int,
-    strategy: sizing.Strategy | None,
+    strategy: splitting.Strategy | None,
     bandwidth: float | None,
     link: float | None,
     latency: float | None,
@@ -77,9 +76,8 @@ def command(
     """
     room = _memory(hosts, memory)
     config, tensors, source = _read(model)
-    loaded_by = architecture(config)
-    shape = sizing.shape(config, tensors, loaded_by)
-    works, fails = sizing.strategies(shape, loaded_by, len(room))
+    shape = sizing.shape(config, tensors, architecture(config))
+    works, fails = splitting.strategies(config, len(room))
     chosen = [name for name in works if strategy in (None, name) or name == "single"]
     if not chosen:
         raise _impossible(model, len(room), {name: fails[name] for name in fails if strategy in (None, name)})
@@ -97,7 +95,7 @@ def command(
         "notes": notes,
     }
     lines = [
-        fit(f"{clean(model)}: {config['model_type']}, {len(shape.layers)} layers", WIDTH),
+        fit(f"{clean(model)}: {config['model_type']}, {_count(len(shape.layers), 'layer')}", WIDTH),
         f"{_count(len(room), 'host')}, {_count(conversations, 'conversation')} of {context:,} tokens",
         "Computed from the model's configuration, not measured.",
     ]
@@ -137,7 +135,7 @@ def _read(name: str) -> tuple[dict[str, Any], Tensors, str]:
         return config, outline(config), "config"
 
 
-def _impossible(model: str, hosts: int, reasons: dict[sizing.Strategy, str]) -> LaunchError:
+def _impossible(model: str, hosts: int, reasons: dict[splitting.Strategy, str]) -> LaunchError:
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     what = f"{clean(model)} cannot be spread over {hosts} hosts: {why}"
     return LaunchError("strategy_unsupported", what, "Try another --strategy or number of --hosts")

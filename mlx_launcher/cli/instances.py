@@ -74,11 +74,23 @@ def log_file(instance: Path) -> Path:
     return Path(last_status(instance).get("log_file") or instance / "server.log")
 
 
+def log_trouble(instance: Path) -> str | None:
+    """Why nothing is written to the server's log, as far as its file tells; a supervisor follows no link in its own directory."""
+    path = log_file(instance)
+    if path.is_symlink() and path.parent == instance:
+        return f"{path} is a link, which is not followed"
+    if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for what it may not look at
+        return f"{path} is a directory"
+    return None
+
+
 def choose(state_dir: Path, port: int | None) -> Path:
     """The instance that a command means: that of the port, else the one that runs, else the one that ran last.
 
-    LaunchError `several` (exit 2) when more than one runs, `not_running` (exit 3) when none was ever started.
+    LaunchError `several` (exit 2) when more than one runs, `not_running` (exit 3) when none was ever started, `state_dir` when
+    it cannot be told because the state directory cannot be read.
     """
+    _refuse_unreadable(state_dir)
     if port is not None:
         return state_dir / str(port)
     known = all_of(state_dir)
@@ -91,6 +103,17 @@ def choose(state_dir: Path, port: int | None) -> Path:
     if not known:
         raise LaunchError("not_running", f"nothing is running under {state_dir}", _START, EXIT_NOT_RUNNING)
     return max(known, key=_last_change)
+
+
+def _refuse_unreadable(state_dir: Path) -> None:
+    """What runs under another user's directory must not be taken for nothing."""
+    try:
+        os.scandir(state_dir).close()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        what = f"the state directory {state_dir} cannot be read: {error.strerror}"
+        raise LaunchError("state_dir", what, "See whose it is with ls -ld, or give another --state-dir") from None
 
 
 _START = "Start a server with mlx-launch start"

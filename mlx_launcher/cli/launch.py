@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import click
 
-from mlx_launcher.backends.assemble import assemble
+from mlx_launcher.backends.assemble import assemble, refuse_beforehand
 from mlx_launcher.backends.models import Say, demo_directory
 from mlx_launcher.backends.serving import Caller
 from mlx_launcher.cli.configured import current_directory, document_in_force
@@ -43,6 +43,13 @@ def make_plan(app: App, flags: Flags, say: Say) -> Plan:
         build_demo_model(app.state_dir)
     caller = Caller(_command(app, flags, document), current_directory(), os.environ)
     return assemble(flags, app.state_dir, caller, document, say)
+
+
+def refuse_plan(app: App, flags: Flags) -> None:
+    """LaunchError as `make_plan`, for as much as can be told without writing or downloading anything."""
+    document = document_to_serve(app, flags)
+    caller = Caller(_command(app, flags, document), current_directory(), os.environ)
+    refuse_beforehand(flags, app.state_dir, caller, document)
 
 
 def document_to_serve(app: App, flags: Flags) -> Document:

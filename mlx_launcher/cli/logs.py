@@ -1,14 +1,16 @@
 """`mlx-launch logs`: the server's log, or the supervisor's journal made readable."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import click
 
-from mlx_launcher.cli.instances import choose, log_file
-from mlx_launcher.cli.options import json_option, which_option
-from mlx_launcher.cli.output import App, Result, abandon_stdout, clean
+from mlx_launcher.cli.instances import choose, log_file, log_trouble
+from mlx_launcher.cli.options import Whole, json_option, which_option
+from mlx_launcher.cli.output import App, Result, abandon_stdout, clean, unwritable
 from mlx_launcher.cli.tail import follow, last_lines
 from mlx_launcher.errors import EXIT_USAGE, LaunchError
 
@@ -18,7 +20,7 @@ from mlx_launcher.errors import EXIT_USAGE, LaunchError
 @click.option(
     "-n",
     "count",
-    type=click.IntRange(min=0),
+    type=Whole(min=0),
     metavar="N",
     default=50,
     show_default=True,
@@ -34,17 +36,29 @@ def command(app: App, following: bool, count: int, supervisor: bool, port: int |
     path = instance / "journal.jsonl" if supervisor else log_file(instance)
     if following and app.json:
         raise LaunchError("usage", "--follow never ends, so it has no JSON to give", "Leave one of the two", EXIT_USAGE)
-    if not path.exists() and not following:
-        raise LaunchError("no_log", f"there is no log at {path}", "It is begun when a server starts")
     if following:
         blocks = follow(path, count, sys.stdout.fileno())
         _show(_journal_lines(blocks) if supervisor else blocks)
         return Result({}, [])
+    if not supervisor and (why := log_trouble(instance)):
+        hint = f"{app.typed('doctor', int(instance.name))} has the remedy"
+        raise LaunchError("no_log", f"{why}: what goes there is not kept", hint)
+    _require(path)
     lines = last_lines(path, count)
     if supervisor:
         events = [_parse(line) for line in lines]
         return Result({"file": str(path), "events": events}, [event_line(event) for event in events])
     return Result({"file": str(path), "lines": lines}, lines)
+
+
+def _require(path: Path) -> None:
+    """LaunchError `no_log` for what is no log that we can read."""
+    if not os.path.exists(path):  # noqa: PTH110 - which raises for what it may not look at
+        raise LaunchError("no_log", f"there is no log at {path}", "It is begun when a server starts")
+    if not os.path.isfile(path):  # noqa: PTH113
+        raise LaunchError("no_log", f"{path} is no file: what goes there is not kept", "Give run another --log-file")
+    if not os.access(path, os.R_OK):
+        raise LaunchError("no_log", f"the log {path} cannot be read", "See whose it is, with ls -l")
 
 
 def event_line(event: dict[str, object]) -> str:
@@ -82,3 +96,5 @@ def _show(blocks: Iterable[bytes]) -> None:
         pass  # how one leaves
     except BrokenPipeError:
         abandon_stdout()
+    except OSError as full:
+        raise unwritable(full) from None

@@ -1,5 +1,7 @@
 """Options that more than one command takes."""
 
+import math
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -8,6 +10,33 @@ import click
 from mlx_launcher.config import defaults
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Whole(click.IntRange):
+    """A whole number in a range."""
+
+    name = "whole number"
+
+
+class Number(click.FloatRange):
+    """A number in a range, and no `nan`, which lies in any."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a valid number.", param, ctx)
+        return number
+
+
+# What the supervisor takes.
+SECONDS = Number(min=0, max=1e9, max_open=True)
+
+
+def expanded(_: click.Context, __: click.Parameter, path: str | None) -> str | None:
+    """For a path's `callback`: no shell expands the ~ of `--option=~/file`."""
+    return path if path is None else os.path.expanduser(path)  # noqa: PTH111
 
 
 def json_option(command: F) -> F:
@@ -43,10 +72,10 @@ def port_option(command: F) -> F:
 def log_file_option(command: F) -> F:
     """`--log-file` of a server that somebody else keeps the log of."""
     text = "Where the server's log goes. [default: server.log beside the state]"
-    return click.option("--log-file", metavar="FILE", help=text)(command)
+    return click.option("--log-file", metavar="FILE", callback=expanded, help=text)(command)
 
 
-_PORT = click.IntRange(1, 65535)
+_PORT = Whole(1, 65535)
 _WHAT = (
     click.option("--mode", metavar="NAME", help="The backend of the configuration file to start. [default: its own]"),
     click.option("--model", metavar="DIR", help="The directory of an MLX model, or org/name on the hub."),

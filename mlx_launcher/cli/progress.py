@@ -43,8 +43,13 @@ class Progress:
         self._said = what
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError:  # a full disk below a redirected output is no reason to break off what goes on
+            self._quiet = True
 
 
 def moving_line(what: str, bytes_: dict[str, int] | None, waited_s: float) -> str:

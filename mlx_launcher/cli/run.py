@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +18,8 @@ from mlx_launcher.cli.progress import Progress
 from mlx_launcher.config.layers import Flags
 from mlx_launcher.errors import EXIT_USAGE, LaunchError
 from mlx_launcher.plan import Plan
+
+_POLL_S = 0.1
 
 
 @click.command("run")
@@ -44,6 +47,7 @@ def command(app: App, /, with_caller: bool, service: bool, **server: Any) -> Res
         hint = "--service is for systemd and launchd, --with-caller for anyclaude's serverScript"
         raise LaunchError("usage", "--service and --with-caller exclude each other", hint, EXIT_USAGE)
     try:
+        _require_log(server["log_file"])
         with Progress(sys.stdout, quiet=False) as progress:
             plan = make_plan(app, Flags(**server), progress.show)
     except LaunchError as error:
@@ -59,6 +63,22 @@ def command(app: App, /, with_caller: bool, service: bool, **server: Any) -> Res
     return _become_supervisor(plan, "--with-caller" if with_caller else "--foreground")
 
 
+def _require_log(path: str | None) -> None:
+    """LaunchError `usage` for a log that could not be written, as nobody would be told: a server does not end for its log."""
+    if path is None:
+        return
+    there = Path(path)
+    while not there.exists():
+        there = there.parent
+    if there.is_dir() is (there == Path(path)):
+        what = f"{there} is {'a' if there.is_dir() else 'no'} directory"
+    elif not os.access(there, os.W_OK):
+        what = f"{there} cannot be written to"
+    else:
+        return
+    raise LaunchError("usage", f"--log-file: {what}", "Name a file in a directory of yours", EXIT_USAGE)
+
+
 def _become_supervisor(plan: Plan, *manner: str) -> NoReturn:
     file = plan_file(plan)
     os.set_inheritable(file.fileno(), True)
@@ -67,11 +87,14 @@ def _become_supervisor(plan: Plan, *manner: str) -> NoReturn:
 
 
 def _running(plan: Plan) -> dict[str, Any] | None:
-    """The status of a supervisor that has the plan's port already, unless it is about to end."""
-    try:
-        status = ask(Path(plan["instance"]), {"do": "status"})
-    except LaunchError as error:
-        if error.code == "not_running":
-            return None
-        raise
-    return None if status["draining"] and status["reload"] is None else status
+    """The status of a supervisor that has the plan's port already; None where there is none, or none any more."""
+    while True:
+        try:
+            status = ask(Path(plan["instance"]), {"do": "status"})
+        except LaunchError as error:
+            if error.code == "not_running":
+                return None
+            raise
+        if not status["draining"]:
+            return status
+        time.sleep(_POLL_S)  # whether it stops or restarts shows when its server has ended

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mlx_launcher.cli.instances import ask, choose, is_locked, last_status, remembered
-from mlx_launcher.cli.options import json_option, which_option
+from mlx_launcher.cli.options import SECONDS, json_option, which_option
 from mlx_launcher.cli.output import EXIT_INTERRUPTED, App, Result
 from mlx_launcher.cli.progress import Progress
 from mlx_launcher.errors import LaunchError
@@ -21,7 +21,7 @@ _GRACE_S = 10.0
 @which_option
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0),
+    type=SECONDS,
     metavar="S",
     help="How many seconds the requests in flight may take to finish. [default: stopTimeout, 30 s]",
 )

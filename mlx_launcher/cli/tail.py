@@ -79,10 +79,15 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _open(path: Path, suffix: str) -> BinaryIO | None:
+    """None for what is no file either: a terminal has no end to read, and a pipe would be waited for."""
     try:
-        return open(f"{path}{suffix}", "rb")  # noqa: PTH123
+        file = os.fdopen(os.open(f"{path}{suffix}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     except OSError:
         return None
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    return None
 
 
 def _start_of_last(file: BinaryIO, count: int) -> int:

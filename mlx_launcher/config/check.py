@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mlx_launcher.config import modes, urls
+from mlx_launcher.config import defaults, modes, urls
 from mlx_launcher.config.document import Document, kind_of
 from mlx_launcher.config.problems import Problem, error, shown, warning
 from mlx_launcher.errors import LaunchError
@@ -18,6 +18,7 @@ _WANTED = {
     "int_parsing": "a whole number is wanted",
     "int_parsing_size": "a smaller number is wanted",
     "float_type": "a number is wanted",
+    "finite_number": "a number is wanted",
     "bool_type": "true or false is wanted",
     "dict_type": "an object is wanted",
     "model_type": "an object is wanted",
@@ -145,7 +146,8 @@ def _wrong(found: Any, path: tuple[str, ...]) -> Problem:
     else:
         message = _WANTED.get(found["type"], found["msg"])
     given = kind_of(found["input"])
-    return error(where, f"{message}, not {given}" if found["type"].endswith("_type") else message)
+    tells_more = found["type"].endswith("_type") and given != "a number"  # "a whole number, not a number" does not
+    return error(where, f"{message}, not {given}" if tells_more else message)
 
 
 def _without(raw: Any, paths: list[tuple[str, ...]]) -> dict[str, Any]:
@@ -186,7 +188,7 @@ def _flat(model: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _contradictions(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[Problem]:
-    url = values.get("baseUrl")
+    url, port = values.get("baseUrl"), values.get("port", defaults.PORT)
     if url is not None:
         try:
             port = urls.port_here(url, values.get("host"))
@@ -196,6 +198,10 @@ def _contradictions(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterato
             if values.get("port", port) != port:
                 what = f"port is {values['port']} and baseUrl says {port}"
                 yield error((*path, "port"), what, "Make them the same, or leave one out")
+    if values.get("metricsPort") == port:
+        yield error((*path, "metricsPort"), f"{port} is the port of the server itself", "Choose another one")
+    if path[-1] == modes.CLUSTER or values.get("distributed.enabled"):
+        yield from _unknown_ways(values, path)
     if "host" in values:
         try:
             urls.address(values["host"])
@@ -210,3 +216,14 @@ def _contradictions(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterato
             yield error((*path, "env", name), "this is no name of an environment variable")
     if values.get("command") == []:
         yield error((*path, "command"), "it is empty", "Name a program, or remove it")
+
+
+def _unknown_ways(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[Problem]:
+    """How the machines of a cluster are to work together, in words that are not known. anyclaude may know others."""
+    strategy, connection = (str(values.get(f"distributed.{key}", "auto")) for key in ("strategy", "connection"))
+    if strategy.lower() not in defaults.STRATEGIES:
+        what = f"{shown(strategy)} is not known"
+        yield error((*path, "distributed", "strategy"), what, f"Known: {', '.join(defaults.STRATEGIES)}")
+    if connection.lower() not in defaults.CONNECTIONS:
+        what = f"{shown(connection)} is not known here: MLX's ring is used"
+        yield warning((*path, "distributed", "connection"), what, f"Known: {', '.join(defaults.CONNECTIONS)}")

@@ -6,6 +6,8 @@ HOST = "127.0.0.1"
 LOOPBACK = ("127.0.0.1", "::1")
 
 CLUSTER_PORT = 32323  # mlx.launch's own
+STRATEGIES = ("auto", "tensor", "pipeline")
+CONNECTIONS = ("auto", "ring", "jaccl")
 
 STOP_TIMEOUT_S = 30.0
 HANG_TIMEOUT_S = 120.0

@@ -60,9 +60,10 @@ def candidates(directories: Iterable[Path]) -> list[Path]:
 
 
 def home_directory() -> Path | None:
+    """Absolute; None where there is none."""
     try:
-        return Path.home()
-    except RuntimeError:
+        return Path.home().absolute()
+    except (RuntimeError, OSError):
         return None
 
 
@@ -105,6 +106,9 @@ def _text(file: Path) -> str:
                 raise _refused(file, f"this is {what}", "Name a file with --config")
             size = os.fstat(descriptor).st_size
     except FileNotFoundError:
+        if file.is_symlink():
+            what = f"it is a link to {os.readlink(file)}, which is not there"  # noqa: PTH115
+            raise _refused(file, what, "Make it lead to a configuration, or remove it") from None
         hint = "Name another one with --config, or write one with mlx-launch config init"
         raise _refused(file, "there is no such file", hint) from None
     except IsADirectoryError:

@@ -191,7 +191,7 @@ def write(source: Source, text: str) -> Path:
         with _locked(fresh) as descriptor:
             try:
                 _refuse_changed(source)
-                backup = _keep(source)
+                backup = keep(source.real, source.data)
                 _fill(descriptor, text.encode(), real.stat())
                 _refuse_changed(source)  # again, as close to the exchange as it gets
                 os.replace(fresh, real)  # noqa: PTH105
@@ -208,7 +208,7 @@ def write(source: Source, text: str) -> Path:
 
 
 def backups(file: Path) -> list[Path]:
-    """The backups that `write` made of a file, the youngest first."""
+    """The backups that `keep` made of a file, the youngest first."""
     real = Path(os.path.realpath(file))
     pattern = re.compile(re.escape(real.name) + r"\.(\d{4}-\d\d-\d\dT\d\d-\d\d-\d\dZ)(?:-(\d+))?\.bak")
     try:
@@ -262,17 +262,17 @@ def _fill(descriptor: int, data: bytes, owner: os.stat_result) -> None:
     os.fsync(descriptor)
 
 
-def _keep(source: Source) -> Path:
-    """A copy beside the file that its owner alone may read: it may hold a key."""
+def keep(file: Path, data: bytes) -> Path:
+    """A dated copy beside the file that its owner alone may read: it may hold a key. OSError where there can be none."""
     stamp = time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())
     for number in range(_MAX_BACKUPS):
-        copy = source.real.with_name(f"{source.real.name}.{stamp}{f'-{number}' if number else ''}.bak")
+        copy = file.with_name(f"{file.name}.{stamp}{f'-{number}' if number else ''}.bak")
         try:
             descriptor = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except FileExistsError:
             continue
         with os.fdopen(descriptor, "wb") as opened:
-            opened.write(source.data)
+            opened.write(data)
             opened.flush()
             os.fsync(descriptor)
         return copy

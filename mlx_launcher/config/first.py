@@ -6,10 +6,9 @@ import re
 import shlex
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from mlx_launcher.config import shipped
+from mlx_launcher.config import edit, shipped
 from mlx_launcher.errors import LaunchError
 
 SCRIPT_NAME = "mlx-textgen-server.sh"
@@ -24,7 +23,7 @@ _STARTUP_TIMEOUT_MS = 120_000
 
 def refuse_existing(target: Path, force: bool) -> None:
     """LaunchError `file_exists` when something would be overwritten without `force`."""
-    if target.is_dir():
+    if os.path.isdir(target):  # noqa: PTH112 - Path.is_dir raises for what it may not look at
         raise LaunchError("file_exists", f"{target} is a directory", "Name a file")
     if os.path.lexists(target) and not force:
         what = f"{target} is there already, and nothing was written"
@@ -59,8 +58,8 @@ def install_script(state_dir: Path, state_dir_given: bool, name: str = SCRIPT_NA
     text = script_text(state_dir, state_dir_given, name)
     script = script_path(state_dir, name)
     try:
-        script.parent.mkdir(parents=True, exist_ok=True)
-        _replace(script, text, 0o755)
+        script.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _replace(script, text, 0o700)
     except OSError as error:
         what = f"the server script cannot be written to {script}: {error.strerror or error}"
         raise LaunchError("not_written", what, "Make room there, or give another --state-dir") from None
@@ -96,8 +95,7 @@ def write(target: Path, text: str, force: bool) -> Path | None:
     backup = None
     try:
         if real.exists():
-            stamp = time.strftime("%Y-%m-%dT%H-%M-%S")
-            backup = _keep(real, real.with_name(f"{real.name}.{stamp}"))
+            backup = edit.keep(real, real.read_bytes())
         _replace(real, text, 0o600)
     except OSError as error:
         what = f"{target} cannot be written: {error.strerror or error}"
@@ -116,23 +114,6 @@ def what_anyclaude_misses(target: Path, model_path: str) -> list[str]:
     if any(sign in model_path for sign in '"$`\\'):
         notes.append(f"anyclaude cannot pass on the model's path {model_path}: rename it without quotes, $, ` and \\")
     return notes
-
-
-def _keep(file: Path, name: Path) -> Path:
-    """A copy under a name of its own, complete before the original is touched."""
-    data, mode = file.read_bytes(), file.stat().st_mode & 0o777
-    for number in range(100):
-        copy = name.with_name(f"{name.name}{f'-{number}' if number else ''}.bak")
-        try:
-            descriptor = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        except FileExistsError:
-            continue
-        with os.fdopen(descriptor, "wb") as opened:
-            opened.write(data)
-            opened.flush()
-            os.fsync(descriptor)
-        return copy
-    raise FileExistsError(f"{name} and a hundred more are there")
 
 
 def _replace(file: Path, text: str, mode: int) -> None:

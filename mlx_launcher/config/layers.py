@@ -1,5 +1,6 @@
 """Flags, environment, file and defaults, one over the other, each value with where it came from."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,11 +126,18 @@ class Settings:
             return "model"
         if self["modelPath"]:
             return "modelPath"
-        return "model" if "/" in model or (model and (self.base("model", cwd) / model).is_dir()) else None
+        # Not Path.is_dir, which raises for a name that is too long for a file.
+        is_directory = model and os.path.isdir(self.base("model", cwd) / model)  # noqa: PTH112
+        return "model" if "/" in model or is_directory else None
 
     def base(self, key: str, cwd: str) -> Path:
         """Where a relative path in a value starts: the file's directory, or where the command runs."""
         return self.document.base if self.from_file(key) else Path(cwd)
+
+    def path(self, key: str, cwd: str) -> Path:
+        """The path that a value is, without ~ and, of a file's directory or of an absolute `cwd`, absolute."""
+        # Not Path.expanduser, which raises for a name that begins with ~ and is no user's.
+        return Path(os.path.normpath(self.base(key, cwd) / os.path.expanduser(self[key])))  # noqa: PTH111
 
 
 def settle(flags: Flags, environment: Mapping[str, str], document: Document) -> Settings:

@@ -25,9 +25,14 @@ class Problem(NamedTuple):
         return ".".join(shown(part) for part in self.path)
 
     @property
+    def place(self) -> str:
+        """What goes before the message: the key and a colon; "" for the file itself."""
+        return f"{self.key}: " if self.path else ""
+
+    @property
     def line(self) -> str:
         """Place, what is wrong and the remedy, for a person."""
-        text = f"{self.key}: {self.message}" if self.path else self.message
+        text = f"{self.place}{self.message}"
         return f"{text}. {self.hint}" if self.hint else text
 
     def as_json(self, file: Path | None) -> dict[str, str | None]:
@@ -57,9 +62,8 @@ def shown(text: str) -> str:
 
 def invalid(where: str, problem: Problem, others: int = 0) -> LaunchError:
     """The error (exit 4) for a configuration that cannot be used; `others` counts what else is wrong with it."""
-    place = f"{where}: {problem.key}" if problem.path else where
     more = f" (and {others} more, see mlx-launch config validate)" if others else ""
-    return LaunchError("config_invalid", f"{place}: {problem.message}{more}", problem.hint, EXIT_CONFIG)
+    return LaunchError("config_invalid", f"{where}: {problem.place}{problem.message}{more}", problem.hint, EXIT_CONFIG)
 
 
 def refuse_errors(where: str, problems: Sequence[Problem]) -> None:

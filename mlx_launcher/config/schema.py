@@ -49,7 +49,7 @@ Positive = Annotated[int, Field(ge=1, le=10**9)]
 class Keys(BaseModel):
     """Strict about types; an unknown key is kept in `model_extra` for whoever wants to warn about it."""
 
-    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
 
 
 class Debug(Keys):

@@ -38,7 +38,8 @@ def port_here(url: str, host: str | None) -> int:
     if parts.scheme != "http" or not name:
         raise ValueError("this is no http URL")
     if parts.path.rstrip("/") != "/v1":
-        raise ValueError(f"the server answers under /v1, and the URL ends in {parts.path[:60] or 'nothing'!r}")
+        ends = f"ends in {parts.path[:60]!r}" if parts.path else "has no path"
+        raise ValueError(f"the server answers under /v1, and the URL {ends}")
     if name not in _HERE and not _is_loopback(name) and name != host:
         if not is_this_machine(name):
             raise ValueError(f"{name[:60]} is another machine: a server is started on this one only")

@@ -54,6 +54,11 @@ def size(value: object) -> int:
     return result
 
 
+def typed_size(text: str) -> int:
+    """A size as a command's option has it, where bytes are a text too. ValueError as `size`."""
+    return size(int(text) if text.isdecimal() and len(text) < 20 else text)
+
+
 def duration_text(value: float) -> str:
     """A duration as the configuration may hold it: "30s", "500ms"."""
     return f"{value:g}s" if value >= 1 or value == 0 else f"{value * 1000:g}ms"

@@ -45,11 +45,11 @@ PHASES = ("importing", "loading", "proving")
 
 
 class _FailedError(Exception):
-    """The cluster cannot go on. `final`: nor will it when it is tried again."""
+    """The cluster cannot go on. `final`: nor will it when it is tried again. `frozen`: a rank stands still."""
 
-    def __init__(self, reason: str, hint: str = "", final: bool = False) -> None:
+    def __init__(self, reason: str, hint: str = "", final: bool = False, frozen: bool = False) -> None:
         super().__init__(reason)
-        self.reason, self.hint, self.final = reason, hint, final
+        self.reason, self.hint, self.final, self.frozen = reason, hint, final, frozen
 
 
 def run(channel: int, listeners: list[int]) -> NoReturn:
@@ -98,7 +98,8 @@ class _Leader:
         except _FailedError as failed:
             log.error("%s. %s", failed.reason, failed.hint)
             kind = "fault" if failed.final else "dying"
-            self._channel.send({"type": kind, "reason": failed.reason, "hint": failed.hint})
+            said = {"reason": failed.reason, "hint": failed.hint, "frozen": failed.frozen}
+            self._channel.send({"type": kind, **said})
             return 1
         finally:
             self._end_all()
@@ -162,7 +163,7 @@ class _Leader:
         elif kind == "beat":
             rank.beat = message
             if rank.number == 0:
-                self._channel.send({**message, "ranks": [rank.row(self._now) for rank in self._ranks]})
+                self._tell_work()
         elif kind == "phase":
             rank.phase = message
             if message["phase"] == "importing":
@@ -220,6 +221,8 @@ class _Leader:
             self._pinged = self._now
             for rank in self._ranks:
                 rank.send({"type": "ping"})
+            if self._ranks[0].beat and self._now - self._ranks[0].told_s > PING_S:
+                self._tell_work()  # it is silent, and its row has to say for how long
         if self._stopping:
             # The other ranks take part in what rank 0 still answers.
             code = self._ranks[0].code if self._ranks[0].state == "ready" else 0
@@ -234,10 +237,12 @@ class _Leader:
             if rank.fault is None and rank.ended() is not None:
                 self._hear_the_rest()
                 if rank.fault is None:
-                    yield _FailedError(f"{rank.name}: {rank.ended()}")
+                    hint = "mlx-launch cluster check has the remedy" if rank.hopeless else ""
+                    yield _FailedError(f"{rank.name}: {rank.ended()}", hint, final=rank.hopeless)
         for rank in self._ranks:
             if self._now - rank.told_s > SILENT_S and rank.state != "joining":
-                yield _FailedError(f"{rank.name}: {_silence(rank)} for {SILENT_S:g} s")
+                what = f"{rank.name}: {_silence(rank)} for {SILENT_S:g} s"
+                yield _FailedError(what, frozen=rank.state != "starting")
         if self._joining_s is not None and self._now - self._joining_s > JOIN_S:
             missing = [rank.name for rank in self._ranks if rank.state == "joining"]
             if missing:
@@ -278,6 +283,10 @@ class _Leader:
                     self._heard(who, message)
 
     # -- what the supervisor is told
+
+    def _tell_work(self) -> None:
+        """Rank 0's last beat, with what is known of all ranks now."""
+        self._channel.send({**self._ranks[0].beat, "ranks": [rank.row(self._now) for rank in self._ranks]})
 
     def _tell_progress(self) -> None:
         """The phase of the slowest rank, and the bytes of all."""

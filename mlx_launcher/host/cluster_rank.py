@@ -17,6 +17,10 @@ State = Literal["starting", "importing", "imported", "joining", "loading", "read
 # Of a line of a rank's log: longer ones are cut.
 LINE_BYTES = 8192
 SSH_FAILED = 255  # any other code is that of what ssh ran
+# What a shell ends with that cannot run what it is told to.
+NO_PROGRAM = (126, 127)
+# What ssh says of keys: its own, and that of the other machine.
+_REFUSED = ("Permission denied (", "Host key verification failed")
 
 
 class Member(TypedDict):
@@ -104,6 +108,14 @@ class Rank:
             with contextlib.suppress(ValueError):
                 return f"it was ended by {signal.Signals(-code).name}"
         return f"it exited with code {code}"
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether it never came to be, for a reason that another try does not mend: a key, or no interpreter there."""
+        if self.member["here"] or self.pid is not None:
+            return False
+        code = self._process.poll()
+        return code in NO_PROGRAM or (code == SSH_FAILED and any(said in self.last_line for said in _REFUSED))
 
     @property
     def code(self) -> int | None:

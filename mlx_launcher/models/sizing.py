@@ -11,9 +11,19 @@ from typing import Any, Literal, NamedTuple
 
 from mlx_launcher.errors import LaunchError
 from mlx_launcher.models.architectures import Architecture
-from mlx_launcher.models.facts import DTYPE_BYTES, Tensors, cache_kind, kv_width, number, text_part, weights_dtype
-
-Strategy = Literal["single", "tensor", "pipeline"]
+from mlx_launcher.models.facts import (
+    DTYPE_BYTES,
+    LAYERS,
+    WHOLE_ATTENTION,
+    Tensors,
+    cache_kind,
+    context_length,
+    kv_width,
+    number,
+    text_part,
+    weights_dtype,
+)
+from mlx_launcher.models.splitting import Strategy
 
 _BYTES = {
     "BOOL": 1,
@@ -35,6 +45,10 @@ _NOT_TEXT = re.compile(r"(?:^|\.)(?:vision\w*|visual|audio\w*|multi_modal_projec
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte)\.")
 # Modules that hold all experts of a layer, or one of them; one that every token goes through is a "shared_expert".
 _EXPERTS = re.compile(r"\.(?:switch_mlp|experts)\.")
+_EXPERTS_CHOSEN = (
+    *("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts"),
+    *("moe_topk", "moe_top_k", "moe_k"),
+)
 # The modules that the families' `shard` splits by what comes out of them, bias included, and by what goes into them. What is
 # not here every host keeps in whole: norms, routers, embeddings, the head.
 _SPLIT_BY_OUTPUT = {"q_proj", "k_proj", "v_proj", "g_proj", "q_b_proj", "kv_b_proj", "embed_q", "unembed_out", "sinks"}
@@ -89,8 +103,7 @@ class Shape(NamedTuple):
     layers: tuple[Layer, ...]
     shared: Weights
     hidden_bytes: int  # of what goes from layer to layer, for one token
-    heads: int | None
-    kv_heads: int | None  # None where keys and values are compressed into one, which every host keeps
+    latent: bool  # keys and values are compressed into one, which every host keeps
     context: int | None
     uncounted: bool
 
@@ -136,7 +149,7 @@ class Speed(NamedTuple):
 def shape(config: Mapping[str, Any], tensors: Tensors, loaded_by: Architecture | None) -> Shape:
     """LaunchError `model_unsupported` for a model whose configuration does not tell its layers, or the width of one."""
     text = text_part(config)
-    count = number(text, "num_hidden_layers", "n_layers", "n_layer", "num_layers")
+    count = number(text, *LAYERS)
     width, hidden = kv_width(text, loaded_by), number(text, "hidden_size", "n_embd", "d_model", "dim")
     if count is None or width is None or hidden is None:
         what = (
@@ -151,49 +164,18 @@ def shape(config: Mapping[str, Any], tensors: Tensors, loaded_by: Architecture |
     window = number(text, "sliding_window", "attention_chunk_size")
     made = {
         "all": (width * element, None, 0),
-        "window": (width * element, window, 0),
+        "window": ((kv_width(text, loaded_by, windowed=True) or width) * element, window, 0),
         "state": (0, None, state or 0),
         "nothing": (0, None, 0),
     }
-    latent = loaded_by is not None and loaded_by.latent and bool(number(text, "kv_lora_rank"))
-    heads = number(text, "num_attention_heads", "n_heads", "n_head")
     return Shape(
         layers=tuple(Layer(weights[index], *made[kept[index]]) for index in range(count)),
         shared=weights[None],
         hidden_bytes=hidden * element,
-        heads=heads,
-        kv_heads=None if latent else number(text, "num_key_value_heads", "n_kv_heads") or heads,
-        context=number(
-            text, "max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "seq_length"
-        ),
+        latent=loaded_by is not None and loaded_by.latent and bool(number(text, "kv_lora_rank")),
+        context=context_length(text),
         uncounted="state" in kept and state is None,
     )
-
-
-def strategies(model: Shape, loaded_by: Architecture | None, hosts: int) -> tuple[list[Strategy], dict[Strategy, str]]:
-    """Those that work for so many hosts, the one that mlx-lm takes by itself first; and why the others do not."""
-    if hosts == 1:
-        return ["single"], {}
-    works: list[Strategy] = []
-    fails: dict[Strategy, str] = {}
-    if loaded_by is None or not loaded_by.tensor:
-        fails["tensor"] = "mlx-lm has no tensor parallelism for this architecture"
-    elif odd := next((name for name, n in _heads(model) if n is None or n % hosts), None):
-        fails["tensor"] = f"its {odd} cannot be divided by {hosts}"
-    else:
-        works.append("tensor")
-    if loaded_by is None or not loaded_by.pipeline:
-        fails["pipeline"] = "mlx-lm has no pipeline for this architecture"
-    elif len(model.layers) < hosts:
-        fails["pipeline"] = f"it has {len(model.layers)} layers"
-    else:
-        works.append("pipeline")
-    return works, fails
-
-
-def _heads(model: Shape) -> list[tuple[str, int | None]]:
-    heads = [(f"{model.heads} heads", model.heads)]
-    return heads if model.kv_heads is None else [*heads, (f"{model.kv_heads} key-value heads", model.kv_heads)]
 
 
 def size(model: Shape, strategy: Strategy, hosts: int, tokens: int, conversations: int) -> Sized:
@@ -205,7 +187,7 @@ def size(model: Shape, strategy: Strategy, hosts: int, tokens: int, conversation
         weights = weights.plus(layer.weights)
     mine = weights.among(hosts)
     whole = sum(layer.cache_bytes(tokens) for layer in model.layers)
-    cache = whole // (hosts if model.kv_heads else 1)
+    cache = whole // (1 if model.latent else hosts)
     read = mine.read + cache
     host = Host(range(len(model.layers)), mine.bytes, cache * conversations, read)
     # A ring adds up in twice (hosts - 1) steps, each of a host's share; after the attention and after the MLP of each layer.
@@ -247,7 +229,7 @@ def _weights(config: Mapping[str, Any], tensors: Tensors, layers: int) -> dict[i
     """By the number of the layer; None is what is in none. What mlx-lm does not keep is left out."""
     found: dict[int | None, Weights] = {None: Weights(), **{index: Weights() for index in range(layers)}}
     experts = number(config, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    chosen = number(config, "num_experts_per_tok", "experts_per_token", "top_k_experts", "moe_topk", "moe_top_k")
+    chosen = number(config, *_EXPERTS_CHOSEN)
     part = min(chosen / experts, 1.0) if experts and chosen else 1.0
     tied = not any("lm_head" in name for name in tensors)
     for name, (dtype, dims) in tensors.items():
@@ -284,7 +266,7 @@ def _keeps(
         return "all"
     kinds: Sequence[Any] = config.get("layer_types") or ()
     if isinstance(kinds, list) and index < len(kinds):
-        if kinds[index] == "full_attention":
+        if kinds[index] in WHOLE_ATTENTION:
             return "all"
         return "window" if kind == "sliding" or "sliding" in str(kinds[index]) else "state"
     every = number(config, "full_attention_interval", "sliding_window_pattern")

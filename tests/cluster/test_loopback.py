@@ -11,8 +11,8 @@ from typing import Any
 
 import openai
 import pytest
-from support.clusters import Cluster
-from support.families import PROMPTS, TOKENS, reference
+from support.clusters import Cluster, answers, expected
+from support.families import TOKENS
 from support.hosts import Host
 from support.launched import chat
 from support.tools import TOOLS
@@ -21,19 +21,6 @@ from support.waiting import free_port, until
 Start = Callable[..., Cluster]
 ONE = {"peers": [{"host": "127.0.0.1"}]}
 THREE = {"peers": [{"host": "127.0.0.1"}] * 3}
-
-
-def turns() -> list[list[dict[str, Any]]]:
-    return [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-
-
-def answers(cluster: Cluster) -> list[str]:
-    return [cluster.chat(turn, max_tokens=TOKENS).text for turn in turns()]
-
-
-def expected(model: Path) -> list[str]:
-    # mlx-lm's streaming detokenizer drops a leading space.
-    return [text.removeprefix(" ") for text in reference(model, turns())]
 
 
 @pytest.mark.parametrize(("model", "peers", "strategy"), [("llama", ONE, "tensor"), ("qwen2", THREE, "pipeline")])
@@ -128,6 +115,8 @@ def test_a_rank_that_dies_or_freezes(cluster: Start, llama: Path, number: int, h
     assert ("SIGKILL" if how == signal.SIGKILL else "froze") in said
     until(lambda: not any(map(alive, before["ranks"])), 10, "the end of all ranks")
     served.ready(after=before["server"]["pid"])
+    reason = "crash" if how == signal.SIGKILL else "freeze"
+    assert f'mlx_launch_server_restarts_total{{reason="{reason}"}} 1' in served.command("metrics").stdout.splitlines()
     assert answers(served) == expected(llama)
 
 

@@ -10,7 +10,7 @@ import pytest
 from support.waiting import free_port
 
 from mlx_launcher.demo import FAMILIES, build_random
-from mlx_launcher.models import sizing
+from mlx_launcher.models import sizing, splitting
 from mlx_launcher.models.architectures import Architecture, architecture
 from mlx_launcher.models.directory import check, read_config
 from mlx_launcher.models.facts import facts, read_tensors
@@ -137,9 +137,9 @@ def test_one_host_takes_what_is_computed(models: dict[str, Path], tmp_path: Path
 
 def test_two_hosts_take_what_is_computed(models: dict[str, Path], tmp_path: Path) -> None:
     """In two processes that mlx joins over loopback."""
-    asked: list[tuple[Path, sizing.Strategy]] = []
+    asked: list[tuple[Path, splitting.Strategy]] = []
     for path in models.values():
-        asked += [(path, strategy) for strategy in sizing.strategies(*shape(path), 2)[0]]
+        asked += [(path, strategy) for strategy in splitting.strategies(read_config(path), 2)[0]]
     assert {strategy for _, strategy in asked} == {"tensor", "pipeline"}
     ranks = measured([(path, strategy) for path, strategy in asked], 2, tmp_path)
     for rank, found in enumerate(ranks):

@@ -238,10 +238,12 @@ def test_a_loose_state_directory_and_a_loose_log_are_mended_at_a_start(launcher:
     instance = launcher.state_dir / str(launcher.port)
     instance.mkdir(parents=True)
     (instance / "server.log").write_text("old\n")
-    for path in (launcher.state_dir, instance, instance / "server.log"):
+    (launcher.state_dir / "kvcache").mkdir()
+    loose = (launcher.state_dir, instance, instance / "server.log", launcher.state_dir / "kvcache")
+    for path in loose:
         path.chmod(0o777)
     launcher.start("--demo")
-    for path in (launcher.state_dir, instance, instance / "server.log"):
+    for path in loose:
         assert path.stat().st_mode & 0o077 == 0, path
 
 

@@ -265,6 +265,25 @@ def test_a_key_is_never_written(make: Make, monkeypatch: pytest.MonkeyPatch) -> 
     assert "planted-key" not in text
 
 
+@pytest.mark.parametrize("way", [["install", "--dry-run"], ["print"]])
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        (["--model=/nonexistent"], "model_not_found"),
+        (["--demo", "--host=0.0.0.0"], "key_required"),
+        (["--model=org/not-here-yet", "--host=0.0.0.0"], "key_required"),
+        (["--model=org/not-here-yet"], None),
+    ],
+)
+def test_what_install_would_refuse_is_refused_beforehand(
+    make: Make, way: list[str], options: list[str], code: str | None
+) -> None:
+    world = make("systemctl")
+    ended, _, errors = world.run("--no-config", "service", *way, f"--port={world.port}", *options)
+    assert (ended == 0, [error["code"] for error in errors]) == (code is None, [code] if code else [])
+    assert (world.files(), world.calls()) == ([], [])
+
+
 def test_the_manager_is_that_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     for platform, name in (("linux", "systemd"), ("darwin", "launchd")):
         monkeypatch.setattr(sys, "platform", platform)

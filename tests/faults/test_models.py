@@ -67,6 +67,12 @@ def test_43_no_tokenizer_is_named_before_spawn(launcher: Launcher, model: Path) 
     assert "no tokenizer.json" in refused(launcher, model, code="model_incomplete")
 
 
+def test_43_a_torn_tokenizer_is_named_before_spawn(launcher: Launcher, model: Path) -> None:
+    file = model / "tokenizer.json"
+    file.write_bytes(file.read_bytes()[:3000])
+    assert "tokenizer.json is torn" in refused(launcher, model, code="model_incomplete")
+
+
 def test_44_what_no_backend_can_serve_is_named_before_spawn(launcher: Launcher, tmp_path: Path) -> None:
     model = model_directory(tmp_path / "model", {"model_type": "bert"})
     assert "architecture bert of " in refused(launcher, model, code="architecture_unsupported")
