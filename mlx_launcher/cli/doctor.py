@@ -12,9 +12,9 @@ from mlx_launcher.cli import instances
 from mlx_launcher.cli.configured import current_directory, document_in_force, file_in_force
 from mlx_launcher.cli.options import json_option, server_options
 from mlx_launcher.cli.output import App, Result, clean, may_paint
-from mlx_launcher.cli.screen import WIDTH, columns
+from mlx_launcher.cli.screen import WIDTH, wrapped
 from mlx_launcher.config import defaults
-from mlx_launcher.config.document import FILE_VARIABLE, Document
+from mlx_launcher.config.document import Document
 from mlx_launcher.config.layers import Flags
 from mlx_launcher.doctor.check import Check, Instance, Subject
 from mlx_launcher.doctor.examination import examine
@@ -41,7 +41,7 @@ def command(app: App, /, **server: Any) -> Result:
     error = None
     if failed:
         names = ", ".join(dict.fromkeys(check.name for check in failed))
-        count = f"{len(failed)} of {len(checks)} findings are failures"
+        count = f"{len(failed)} of {len(checks)} findings {'is a failure' if len(failed) == 1 else 'are failures'}"
         error = LaunchError("checks_failed", f"{count}: {names}", "Each has its remedy beside it")
     return Result({"checks": [check._asdict() for check in checks]}, [*_lines(checks), "", _summary(checks)], error)
 
@@ -64,8 +64,7 @@ def _start(app: App, flags: Flags) -> str:
     given = {"mode": flags.mode, "model": flags.model, "port": flags.port, "host": flags.host}
     options = [f"--{name}={value}" for name, value in given.items() if value is not None]
     options += ["--demo"] if flags.demo else []
-    file = f"{FILE_VARIABLE}={shlex.quote(app.config)} " if app.config else ""
-    return " ".join([file + app.typed("start", defaults.PORT), *map(shlex.quote, options)])
+    return " ".join([app.typed("start", defaults.PORT), *map(shlex.quote, options)])
 
 
 def _instance(path: Path) -> Instance:
@@ -84,25 +83,11 @@ def _lines(checks: list[Check]) -> list[str]:
     """One finding below the other, never wider than the screen; a remedy is not broken up, because it is there to be copied."""
     lines = []
     for check in checks:
-        text = _wrapped(clean(check.found), WIDTH - _RESULT - _NAME)
+        text = wrapped(clean(check.found), WIDTH - _RESULT - _NAME)
         lines.append(f"{_painted(check.result)}{check.name:{_NAME}}{text[0]}")
         lines += [" " * (_RESULT + _NAME) + more for more in text[1:]]
         if check.remedy:
             lines.append(" " * _RESULT + f"$ {clean(check.remedy)}")
-    return lines
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    """Broken between words, and within a word only where that alone is too wide, as paths are."""
-    lines = [""]
-    for word in text.split(" "):
-        if columns(lines[-1]) + columns(word) >= width and lines[-1]:
-            lines.append("")
-        lines[-1] += f" {word}" if lines[-1] else word
-        while columns(lines[-1]) > width:
-            # A wide character takes two columns, so at most this many fit.
-            cut = next(n for n in range(width, 0, -1) if columns(lines[-1][:n]) <= width)
-            lines[-1:] = [lines[-1][:cut], lines[-1][cut:]]
     return lines
 
 

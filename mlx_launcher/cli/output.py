@@ -1,6 +1,7 @@
 """What every command says and how: lines for people, one JSON object for scripts, one line for an error."""
 
 import os
+import re
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
@@ -45,12 +46,15 @@ class App:
         self.no_config = False
 
     def typed(self, command: str, port: int) -> str:
-        """A command as it has to be typed to mean the server on this port."""
+        """A command as it has to be typed to mean the server on this port, with the configuration that was given here."""
         import shlex
 
         words = [_program()]
         if self.state_dir_given:
             words += ["--state-dir", str(self.state_dir)]
+        if self.config is not None:
+            words += ["--config", self.config]
+        words += ["--no-config"] if self.no_config else []
         words.append(command)
         if port != defaults.PORT:
             words += ["--port", str(port)]
@@ -67,21 +71,29 @@ def _program() -> str:
     import shutil
 
     found = shutil.which(PROGRAM)
-    return PROGRAM if found and called.exists() and called.samefile(found) else str(called)
+    return PROGRAM if found and called.exists() and called.samefile(found) else os.path.abspath(called)  # noqa: PTH100
 
 
 def render(app: App, result: Result) -> int:
-    """Writes a result and returns the exit code. Raises BrokenPipeError when nobody reads it."""
+    """Writes a result and returns the exit code, that of its error whether anybody reads it or not.
+
+    Raises BrokenPipeError when nobody reads a result without an error.
+    """
     error = result.error
     try:
         _write(app, result)
     except BrokenPipeError:
-        raise
+        if error is None:
+            raise
+        abandon_stdout()
     except OSError as full:
-        error = error or LaunchError("output", f"the output cannot be written: {full.strerror}")
+        error = error or unwritable(full)
     if error is None:
         return 0
-    click.echo(error_line(error), err=True)
+    try:
+        click.echo(error_line(error), err=True)
+    except OSError:
+        _abandon(2)
     return error.exit_code
 
 
@@ -104,20 +116,30 @@ def _write(app: App, result: Result) -> None:
     sys.stdout.flush()
 
 
+def unwritable(reason: OSError) -> LaunchError:
+    return LaunchError("output", f"the output cannot be written: {reason.strerror}")
+
+
 def error_line(error: LaunchError) -> str:
     """`mlx-launch: what, where. What to do.` on one line, whatever the parts hold."""
-    parts = [clean(part).rstrip(".") for part in (error.message, error.hint) if part]
-    return f"mlx-launch: {'. '.join(parts)}."
+    text = ". ".join(clean(part).rstrip(".") for part in (error.message, error.hint) if part)
+    return f"mlx-launch: {text}{'' if text.endswith('?') else '.'}"
 
 
 def clean(text: str) -> str:
     """One printable line: log lines, paths and model names may hold anything, terminal commands included."""
-    return "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
+    # Spaces beside each other stay: a path may have them, and a command that names it is there to be copied.
+    parts = filter(None, (part.strip() for part in re.split(r"[^\S ]+", text)))
+    return "".join(char if char.isprintable() else "?" for char in " ".join(parts))
 
 
 def abandon_stdout() -> None:
     """After a broken pipe: whoever read us has read enough, and the interpreter would complain when it flushes at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    _abandon(1)
+
+
+def _abandon(descriptor: int) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def paint(state: str, stream: TextIO) -> str:

@@ -15,7 +15,7 @@ from mlx_launcher.cli.options import json_option, which_option
 from mlx_launcher.cli.output import App, Result
 from mlx_launcher.cli.rollback_switch import Running, running, wait
 from mlx_launcher.cli.screen import serves
-from mlx_launcher.config import edit, first
+from mlx_launcher.config import document, edit, first
 from mlx_launcher.config.layers import Flags, Settings, settle
 from mlx_launcher.errors import EXIT_FAILED, EXIT_USAGE, LaunchError
 
@@ -49,14 +49,24 @@ def command(app: App, to: str | None, check: bool, undo: bool, yes: bool, port: 
 
 
 class _Job:
-    """What a rollback works with: the file in force, what it means, and the server that runs, if one does."""
+    """What a rollback works with: the file in force, what it means, and the server that runs, if one does.
+
+    Where no command line says otherwise, the file is that which the server was started with.
+    """
 
     def __init__(self, app: App, port: int | None) -> None:
         self.app = app
         self.cwd = current_directory()
         self.document = document_in_force(app)
         self.running: Running | None = running(app, port, self._configured_port())
+        if self.running and (file := self._its_file(self.running)):
+            self.document = document.read(file)
         self.settings: Settings = self._settle(port)
+
+    def _its_file(self, server: Running) -> Path | None:
+        """None where another one was named here, where it is gone, and where the server had none."""
+        name = None if self.app.config or self.app.no_config else server.status.get("config")
+        return Path(name) if name and os.path.isfile(name) else None  # noqa: PTH113
 
     def _configured_port(self) -> int | None:
         try:

@@ -11,7 +11,7 @@ import click
 from mlx_launcher.cli.configured import current_directory
 from mlx_launcher.cli.groups import Table
 from mlx_launcher.cli.instances import ask, is_locked, last_status
-from mlx_launcher.cli.launch import document_to_serve, make_plan, option_words, show_notes
+from mlx_launcher.cli.launch import document_to_serve, make_plan, option_words, refuse_plan, show_notes
 from mlx_launcher.cli.options import json_option, server_options, which_option
 from mlx_launcher.cli.output import App, Result, clean
 from mlx_launcher.cli.progress import Progress
@@ -33,6 +33,7 @@ _COMMANDS = {
 
 
 @click.group("service", cls=Table, table=_COMMANDS, no_args_is_help=False)
+@json_option
 def command() -> None:
     """A server that is there after every login: a systemd user unit on Linux, a launchd agent on macOS.
 
@@ -62,6 +63,7 @@ def install_(app: App, /, dry_run: bool, no_start: bool, **server: Any) -> Resul
     data = {**_data(manager, service), "steps": [str(step) for step in plan]}
     _refuse_second(app, service)
     if dry_run:
+        refuse_plan(app, flags)
         return Result({**data, "changed": False}, data["steps"] or ["Nothing is to be done."])
     if not no_start:
         _require_manager(manager, service)
@@ -120,7 +122,9 @@ def status(app: App, port: int | None) -> Result:
     stopped = [seen for seen in services if not seen["running"]]
     if not stopped:
         return Result(data, lines)
-    what = f"{', '.join(seen['name'] for seen in stopped)}: not running"
+    names = ", ".join(seen["name"] for seen in stopped)
+    known = any(seen["enabled"] is not None for seen in stopped)
+    what = f"{names}: not running" if known else f"{manager.name} cannot be asked whether {names} runs"
     hint = f"Start it: {stopped[0]['start']}; what is known of its end: {manager.log(stopped[0]['port'])}"
     return Result(data, lines, LaunchError("not_running", what, hint, EXIT_NOT_RUNNING))
 
@@ -131,8 +135,9 @@ def status(app: App, port: int | None) -> Result:
 @click.pass_obj
 def print_(app: App, /, **server: Any) -> Result:
     """Print what install would write, for the same options. Changes nothing."""
-    manager = manager_here(os.environ)
-    service = _describe(app, manager, Flags(**server))
+    manager, flags = manager_here(os.environ), Flags(**server)
+    service = _describe(app, manager, flags)
+    refuse_plan(app, flags)
     text = manager.text(service)
     return Result({**_data(manager, service), "text": text}, text.splitlines())
 

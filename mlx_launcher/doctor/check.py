@@ -14,6 +14,9 @@ from mlx_launcher.config.document import Document
 from mlx_launcher.config.layers import Flags, Settings, settle
 from mlx_launcher.errors import LaunchError
 
+# Without quotes: it may be a command with options, as `code --wait` is.
+EDITOR = "${EDITOR:-vi}"
+
 Outcome = Literal["ok", "warning", "failed", "skipped"]
 
 
@@ -134,7 +137,7 @@ class Subject:
 
     def edit(self) -> str | None:
         """A command that opens the configuration file."""
-        return f'"${{EDITOR:-vi}}" {shlex.quote(str(self.file))}' if self.file else None
+        return f"{EDITOR} {shlex.quote(str(self.file))}" if self.file else None
 
 
 def sentence(error: LaunchError) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from mlx_launcher.backends.which import BUILT_IN, Kind
 from mlx_launcher.config.layers import Settings, names_a_model
 from mlx_launcher.doctor.check import Check, Subject, sentence
+from mlx_launcher.doctor.model_files import contradiction
 from mlx_launcher.errors import LaunchError
 from mlx_launcher.models import facts as about
 from mlx_launcher.models import fit
@@ -71,8 +72,12 @@ def _remedy(subject: Subject, text: str) -> str:
 def _look(subject: Subject, settings: Settings, kind: Kind, path: Path, memory: Memory | None) -> Iterator[Check]:
     try:
         model = about.facts(path)
+        wrong = contradiction(path)
     except BrokenModelError as error:
         yield Check("model", "failed", f"{error.reason}. {error.hint}", _remedy(subject, error.reason))
+        return
+    if wrong is not None:
+        yield Check("model", "failed", f"{wrong}. Download the model again", _remedy(subject, wrong))
         return
     yield _served(subject, settings, kind, model)
     if kind.name == "cluster":

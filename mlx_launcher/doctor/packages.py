@@ -1,5 +1,6 @@
 """The installed set against the tested one: what is missing, what is out of range, what has drifted, and what that breaks."""
 
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ from mlx_launcher.doctor.check import Check
 
 OURS = "mlx-launcher"
 _SHOWN = 6
+_MODULES = (".py", ".so")
 
 # What is known of versions that were not tested, by package, first match first. The facts are in docs/architecture.md.
 _BREAKS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -45,10 +47,11 @@ class Need(NamedTuple):
 
 
 class Installed(NamedTuple):
-    """A distribution as its metadata describe it."""
+    """A distribution as its metadata describe it; `gone` is a file of the first level that they name and that is not there."""
 
     version: str
     requires: list[str]
+    gone: str | None
 
 
 def pinned(text: str) -> dict[str, str]:
@@ -77,7 +80,8 @@ def packages(pins: Mapping[str, str]) -> list[Check]:
         for name, version in sorted(versions.items())
         if version != pins.get(name, version) and name not in wrong
     }
-    checks = [*wrong.values(), *([_drift(drifted, pins)] if drifted else [])]
+    gone = {name: found.gone for name, found in sorted(installed.items()) if found and found.gone and name not in wrong}
+    checks = [*wrong.values(), *([_gone(gone, pins)] if gone else []), *([_drift(drifted, pins)] if drifted else [])]
     return checks or [Check("packages", "ok", f"all {len(installed) - 1} are as tested")]
 
 
@@ -111,12 +115,22 @@ def _needs(installed: dict[str, Installed | None]) -> Iterator[Need]:
 def _installed(name: str) -> Installed | None:
     """Read line by line: the library's own parser takes several times as long, most of it for the text below the header."""
     try:
-        text = metadata.distribution(name).read_text("METADATA") or ""
+        found = metadata.distribution(name)
     except metadata.PackageNotFoundError:
         return None
+    text = found.read_text("METADATA") or ""
     header = [line.partition(": ") for line in text.partition("\n\n")[0].splitlines()]
     versions = [value.strip() for key, _, value in header if key == "Version"]
-    return Installed(versions[0] if versions else "", [value for key, _, value in header if key == "Requires-Dist"])
+    requires = [value for key, _, value in header if key == "Requires-Dist"]
+    return Installed(versions[0] if versions else "", requires, _missing_file(found))
+
+
+def _missing_file(found: metadata.Distribution) -> str | None:
+    """Of the modules at the top, and right within the packages there: a directory that was deleted lacks them all."""
+    names = (line.partition(",")[0] for line in (found.read_text("RECORD") or "").splitlines())
+    # What begins with .. is a command or a page of a manual; a name in quotes has a comma.
+    top = (name for name in names if name.endswith(_MODULES) and name.count("/") <= 1 and name[0] not in './"')
+    return next((name for name in top if not os.path.exists(str(found.locate_file(name)))), None)  # noqa: PTH110
 
 
 def _judge(need: Need, version: str | None, pins: Mapping[str, str]) -> Check | None:
@@ -130,6 +144,12 @@ def _judge(need: Need, version: str | None, pins: Mapping[str, str]) -> Check | 
     what = f"{need.name} is {version}, and {need.parent} wants {wanted}{_what_breaks(need.name, version)}"
     # What is ours to say has been tried; what others say of each other often has not.
     return Check("packages", "failed" if need.parent == OURS else "warning", what, _install([need.name], pins))
+
+
+def _gone(gone: Mapping[str, str], pins: Mapping[str, str]) -> Check:
+    told = [f"{name} is installed, and its {file} is gone" for name, file in list(gone.items())[:_SHOWN]]
+    more = f"; and {len(gone) - _SHOWN} more" if len(gone) > _SHOWN else ""
+    return Check("packages", "failed", "; ".join(told) + more, _install(gone, pins, "--force-reinstall", "--no-deps"))
 
 
 def _drift(drifted: Mapping[str, str], pins: Mapping[str, str]) -> Check:
@@ -152,6 +172,6 @@ def _what_breaks(name: str, version: str) -> str:
     return ""
 
 
-def _install(names: Iterable[str], pins: Mapping[str, str]) -> str:
-    words = [f"{name}=={pins[name]}" if name in pins else name for name in names]
+def _install(names: Iterable[str], pins: Mapping[str, str], *options: str) -> str:
+    words = [*options, *(f"{name}=={pins[name]}" if name in pins else name for name in names)]
     return f"{shlex.quote(sys.executable)} -m pip install {shlex.join(words)}"

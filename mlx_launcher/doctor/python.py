@@ -1,6 +1,7 @@
 """The interpreter, and the device that MLX finds from it."""
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -62,7 +63,7 @@ def device(machine: Machine, pins: Mapping[str, str], patience_s: float | None =
         )
     except subprocess.TimeoutExpired:
         what = f"MLX did not compute one number within {patience_s:g} s; the first time after an installation may take longer"
-        return Check("device", "warning", what, f'{sys.executable} -c "import mlx.core"')
+        return Check("device", "warning", what, f'{shlex.quote(sys.executable)} -c "import mlx.core"')
     try:
         report = json.loads(done.stdout)
     except ValueError:
@@ -77,12 +78,12 @@ def computes_on(machine: Machine, report: Mapping[str, Any]) -> Check:
     what = f"MLX {report['version']} computes on {kind}"
     what += f": {report['name']}" if report["name"] else ""
     if machine.platform == "darwin" and not (report["metal"] and report["gpu"]):
-        pin = f"{sys.executable} -m pip install --force-reinstall --no-deps mlx-metal=={report['version']}"
+        pin = f"{_pip()} --force-reinstall --no-deps mlx-metal=={report['version']}"
         return Check("device", "failed", f"{what}, and a Mac serves with its GPU", pin)
     if machine.nvidia and not report["cuda"]:
         # The second for its files: mlx-cpu, which is a requirement on Linux, has a libmlx.so at the same path.
-        install = f"{sys.executable} -m pip install 'mlx[cuda13]=={report['version']}'"
-        last = f"{sys.executable} -m pip install --force-reinstall --no-deps mlx-cuda-13=={report['version']}"
+        install = f"{_pip()} 'mlx[cuda13]=={report['version']}'"
+        last = f"{_pip()} --force-reinstall --no-deps mlx-cuda-13=={report['version']}"
         return Check("device", "warning", f"{what}, and there is an NVIDIA GPU", f"{install} && {last}")
     return Check("device", "ok", what)
 
@@ -100,4 +101,8 @@ def broken(machine: Machine, said: str, pins: Mapping[str, str]) -> Check:
     packages = [f"{wanted}=={pins['mlx']}" if "mlx" in pins else wanted]
     packages += [f"{name}=={pins[name]}" for name in ("mlx-cpu", "mlx-metal") if name in pins]
     words = " ".join(f"'{word}'" if "[" in word else word for word in packages)
-    return Check("device", "failed", what, f"{sys.executable} -m pip install --force-reinstall --no-deps {words}")
+    return Check("device", "failed", what, f"{_pip()} --force-reinstall --no-deps {words}")
+
+
+def _pip() -> str:
+    return f"{shlex.quote(sys.executable)} -m pip install"

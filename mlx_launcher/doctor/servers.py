@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mlx_launcher import system
 from mlx_launcher.config.defaults import PREFILL_BATCH
+from mlx_launcher.config.document import FILE_VARIABLE
 from mlx_launcher.doctor.check import Check, Instance, Subject
 from mlx_launcher.doctor.state import cache_directory
 from mlx_launcher.errors import LaunchError
@@ -32,7 +33,10 @@ def _server(subject: Subject, instance: Instance) -> Check | None:
     if not instance.running:
         if state != "failed":
             return None
-        return Check("server", "warning", f"port {port} gave up: {reason}", subject.typed("start", port))
+        again, file = subject.typed("start", port), status.get("config")
+        if file and subject.file != Path(file):
+            again = f"{FILE_VARIABLE}={shlex.quote(file)} {again}"
+        return Check("server", "warning", f"port {port} gave up: {reason}", again)
     if instance.trouble is not None:
         pid = instance.state.get("pid")
         stopped = isinstance(pid, int) and _is_stopped(pid)
@@ -105,9 +109,11 @@ def _half_written(subject: Subject) -> list[Check]:
     directories, settings = {subject.state_dir / "kvcache"}, subject.settings
     if not isinstance(settings, LaunchError):
         directories.add(cache_directory(subject, settings))
-    files = [
-        file for directory in sorted(directories) for file in directory.rglob(f"{TEMPORARY}-*") if _is_orphan(file)
-    ]
+    # os.walk passes over what may not be looked at.
+    found = (
+        Path(at, name) for directory in sorted(directories) for at, _, names in os.walk(directory) for name in names
+    )
+    files = [file for file in found if file.name.startswith(f"{TEMPORARY}-") and _is_orphan(file)]
     if not files:
         return []
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""

@@ -15,14 +15,15 @@ from mlx_launcher.config import first
 from mlx_launcher.config.check import check_all
 from mlx_launcher.config.document import Document
 from mlx_launcher.config.layers import API_KEY_VARIABLE, Settings, settle_fallback
-from mlx_launcher.doctor.check import Check, Outcome, Subject, sentence
-from mlx_launcher.doctor.places import is_ours
+from mlx_launcher.doctor.check import EDITOR, Check, Outcome, Subject, sentence
+from mlx_launcher.doctor.places import is_file, is_ours, nearest, writable
 from mlx_launcher.errors import LaunchError
 
 # What another check has told already, where a start would tell it again.
 _TOLD = ("model_", "no_model", "architecture_", "no_venv")
 # anyclaude reads no other file, and runs the script only through the virtual environment.
 _ANYCLAUDES = ".anyclauderc.json"
+_BUILT_IN = {"textgen": "mlx-textgen", "legacy": "mlx-lm's own server", "cluster": "several machines as one"}
 
 
 def configuration(subject: Subject) -> Iterator[Check]:
@@ -51,8 +52,12 @@ def _make_readable(subject: Subject) -> str | None:
     file = subject.file
     if file is None:
         return None
-    if not os.path.lexists(file):
-        return f"{subject.plain('config')} init {_quoted(file)}"
+    above = nearest(file)
+    if above != file:
+        if not writable(above):
+            return f"chmod u+rwx {_quoted(above)}" if is_ours(above) else None
+        make = f"mkdir -p {_quoted(file.parent)} && " if above != file.parent else ""
+        return f"{make}{subject.plain('config')} init {_quoted(file)}"
     if file.is_file() and is_ours(file) and not os.access(file, os.R_OK):
         return f"chmod u+r {_quoted(file)}"
     return subject.edit()
@@ -88,21 +93,25 @@ def _of_fallback(subject: Subject, settings: Settings) -> Iterator[Check]:
 
 
 def _in_order(settings: Settings) -> str:
-    return f"{settings['serverScript']} can be run" if settings["serverScript"] else "none is named"
+    if not settings["serverScript"]:
+        return "none is named"
+    if settings["command"] is not None:
+        return "none is used, as command decides"
+    return f"{settings['serverScript']} can be run"
 
 
 def _of_block(subject: Subject, settings: Settings, kind: Kind | LaunchError) -> Iterator[Check]:
     """What is wrong with the script that a block is served by."""
     if isinstance(kind, LaunchError):
-        file = _script(settings, subject.cwd)
-        mend = f"chmod u+r {_quoted(file)}" if file.is_file() and is_ours(file) else subject.edit()
+        file = settings.path("serverScript", subject.cwd)
+        mend = f"chmod u+r {_quoted(file)}" if is_file(file) and is_ours(file) else subject.edit()
         yield Check("scripts", "failed", sentence(kind), mend)
         return
     if kind.script is None:
         return
-    venv = _venv(settings, subject.cwd)
+    venv = settings.path("pythonVenv", subject.cwd)
     shell = kind.script.suffix == ".sh"
-    if not shell and not (venv / "bin" / "activate").is_file():
+    if not shell and not is_file(venv / "bin" / "activate"):
         what = f"{kind.script} runs in the virtual environment {venv}, and there is no bin/activate in it"
         yield Check("scripts", "failed", what, f"python3 -m venv {_quoted(venv)}")
         return
@@ -121,29 +130,29 @@ def _script_finding(subject: Subject, script: Path, check: ScriptCheck) -> Check
         return Check("scripts", result, found, check.hint)
     # A script may say what it likes; what it imports may be found by means of its own.
     result = "failed" if check.name in ("script", "syntax", "interpreter") else "warning"
-    return Check("scripts", result, f"{found}. {check.hint}", f'"${{EDITOR:-vi}}" {_quoted(script)}')
+    return Check("scripts", result, f"{found}. {check.hint}", f"{EDITOR} {_quoted(script)}")
 
 
 def _for_anyclaude(subject: Subject, settings: Settings) -> Iterator[Check]:
     """What this launcher does without and anyclaude does not."""
     if not settings.from_file("serverScript") or subject.file is None or subject.file.name != _ANYCLAUDES:
         return
-    script = _script(settings, subject.cwd)
-    if not script.exists() and script.name in NAMES:
-        what = f"there is no {script}: mlx-launch needs none of that name, but anyclaude does"
+    script = settings.path("serverScript", subject.cwd)
+    if not os.path.exists(script):  # noqa: PTH110
+        what = f"there is no {script}: mlx-launch does without it, but anyclaude does not"
         yield Check("scripts", "warning", what, _install(subject, script) or subject.edit())
     elif not (stat.S_IMODE(script.stat().st_mode) & stat.S_IXUSR):
         yield Check("scripts", "warning", f"{script} is not executable", f"chmod +x {_quoted(script)}")
-    venv = _venv(settings, subject.cwd)
-    if not (venv / "bin" / "activate").is_file():
+    venv = settings.path("pythonVenv", subject.cwd)
+    if not is_file(venv / "bin" / "activate"):
         what = f"anyclaude runs the script through {venv}/bin/activate, which is not there"
         yield Check("scripts", "warning", f"{what} (pythonVenv)", f"python3 -m venv {_quoted(venv)}")
 
 
 def _install(subject: Subject, script: Path) -> str | None:
-    """A command that puts our script where `config init` put it; None where it was somewhere else."""
+    """A command that puts our script where `config init` put it; None where it was somewhere else, or is none of ours."""
     try:
-        if first.script_path(subject.state_dir, script.name) != script:
+        if script.name not in NAMES or first.script_path(subject.state_dir, script.name) != script:
             return None
     except LaunchError:
         return None
@@ -169,22 +178,9 @@ def start(subject: Subject) -> Check:
         if error.code == "key_file" and error.hint.startswith("chmod"):
             key = error.hint
         return Check("start", "failed", sentence(error), key or subject.edit())
-    kind = {"textgen": "mlx-textgen", "legacy": "mlx-lm's own server"}.get(
-        plan["backend"]["argv"][-1], "its own server"
-    )
-    return Check(
-        "start", "ok", f"{plan['backend']['name']} ({kind}) would serve {plan['model']['id']} at {plan['url']}"
-    )
-
-
-def _script(settings: Settings, cwd: str) -> Path:
-    written = os.path.expanduser(settings["serverScript"] or "")  # noqa: PTH111
-    return Path(os.path.normpath(settings.base("serverScript", cwd) / written))
-
-
-def _venv(settings: Settings, cwd: str) -> Path:
-    written = os.path.expanduser(settings["pythonVenv"])  # noqa: PTH111
-    return Path(os.path.normpath(settings.base("pythonVenv", cwd) / written))
+    backend = plan["backend"]
+    kind = _BUILT_IN.get(backend["argv"][-1], "its own server") if backend["kind"] == "host" else "its own server"
+    return Check("start", "ok", f"{backend['name']} ({kind}) would serve {plan['model']['id']} at {plan['url']}")
 
 
 def _quoted(text: object) -> str:

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlx_launcher.config.layers import Settings
+from mlx_launcher.config.paths import loose as open_to_others
+from mlx_launcher.config.paths import may_be_closed
 from mlx_launcher.doctor.check import Check, Outcome, Subject
-from mlx_launcher.doctor.places import is_ours, make_writable, nearest, owner, writable
+from mlx_launcher.doctor.places import is_directory, is_ours, make_writable, nearest, owner, set_aside, writable
 from mlx_launcher.errors import LaunchError
 from mlx_launcher.kvcache.store import MIN_FREE_BYTES, default_max_bytes
 from mlx_launcher.models import fit
@@ -23,24 +25,28 @@ _WANTED_FILES = 4096
 # What a supervisor makes in an instance's directory, for its user alone; logs are rotated with a number behind them.
 _PRIVATE = ("control.sock", "state.json", "lock", "server.log*", "journal.jsonl*", "script.log*")
 _OTHERS = 0o077
+_ANOTHER = "give another one with --state-dir"
 
 
 def home(subject: Subject) -> Check:
     """The home directory: the state, the models and the configuration lie there unless they are put elsewhere."""
-    variable = subject.environment.get("HOME")
-    path = Path(variable or _entry() or "/")
+    variable, path = subject.environment.get("HOME"), _home(subject)
     elsewhere = not subject.state_dir.is_relative_to(path) or writable(subject.state_dir)
     if writable(path):
         return Check("home", "ok", f"{path}{'' if variable else ' (HOME is not set)'}")
-    what = f"the home directory {path} {'cannot be written to' if path.is_dir() else 'is not there'}"
+    what = f"the home directory {path} {'cannot be written to' if is_directory(path) else 'is not there'}"
     entry = _entry()
-    if path.is_dir() and is_ours(path):
-        remedy = make_writable(path)
+    if is_directory(path) and is_ours(path):
+        remedy = f"chmod u+rwx {shlex.quote(str(path))}"
     elif entry and Path(entry) != path and writable(Path(entry)):
         remedy = f"export HOME={shlex.quote(entry)}"
     else:
         remedy = 'export MLX_LAUNCH_STATE_DIR="${TMPDIR:-/tmp}/mlx-launch-$(id -u)"'
     return Check("home", "warning" if elsewhere else "failed", what, remedy)
+
+
+def _home(subject: Subject) -> Path:
+    return Path(subject.environment.get("HOME") or _entry() or "/")
 
 
 def _entry() -> str | None:
@@ -59,17 +65,25 @@ def state_directory(subject: Subject) -> Iterator[Check]:
         yield _not_there(subject)
     elif path.is_symlink():
         where = shlex.quote(os.path.realpath(path))
-        mend = f"rm {quoted} && mv {where} {quoted}" if path.is_dir() else f"rm {quoted}"
-        result: Outcome = "warning" if path.is_dir() else "failed"
+        mend = f"rm {quoted} && mv {where} {quoted}" if is_directory(path) else f"rm {quoted}"
+        result: Outcome = "warning" if is_directory(path) else "failed"
         yield Check(name, result, f"{path} is a link to {os.path.realpath(path)}", mend)
     elif not path.is_dir():
-        yield Check(name, "failed", f"{path} is no directory", f"mv {quoted} {quoted}.aside")
+        yield Check(name, "failed", f"{path} is no directory", set_aside(path))
     elif not is_ours(path):
-        yield Check(name, "failed", f"{path} belongs to {owner(path)}", make_writable(path))
+        take = make_writable(path, _home(subject))
+        what = f"{path} belongs to {owner(path)}"
+        yield Check(name, "failed", what if take else f"{what}: {_ANOTHER}", take)
     elif not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         yield Check(name, "failed", f"{path} cannot be used (mode {_mode(path):04o})", f"chmod 700 {quoted}")
     elif _mode(path) & _OTHERS:
-        yield Check(name, "warning", f"{path} is open to others (mode {_mode(path):04o})", f"chmod 700 {quoted}")
+        what, close = f"{path} is open to others (mode {_mode(path):04o})", f"chmod 700 {quoted}"
+        if may_be_closed(path):
+            yield Check(name, "warning", what, close)
+        else:
+            public = _mode(path) & stat.S_ISVTX  # as /tmp is
+            what += f", and holds more than our state: {_ANOTHER}"
+            yield Check(name, "failed", what, None if public else close)
     else:
         yield from _inside(subject)
 
@@ -78,22 +92,25 @@ def _not_there(subject: Subject) -> Check:
     path, above = subject.state_dir, nearest(subject.state_dir)
     if writable(above):
         return Check("state directory", "ok", f"{path} is made at the first start")
-    at_home = Path(subject.environment.get("HOME") or _entry() or "/")
+    at_home = _home(subject)
     if path.is_relative_to(at_home) and not writable(at_home):
         return Check("state directory", "skipped", f"{path} lies at home, which comes first")
-    mend = make_writable(above) if above.is_dir() else f"mv {shlex.quote(str(above))} {shlex.quote(str(above))}.aside"
+    mend = make_writable(path, at_home) if above.is_dir() else set_aside(above)
     return Check("state directory", "failed", f"{path} cannot be made: {above} cannot be written to", mend)
 
 
 def _inside(subject: Subject) -> Iterator[Check]:
-    loose, links, strange = [], [], []
+    loose, links, strange, no_files = open_to_others(subject.state_dir), [], [], []
     for instance in subject.instances:
-        files = [path for pattern in _PRIVATE for path in sorted(instance.path.glob(pattern))]
+        found = [path for pattern in _PRIVATE for path in sorted(instance.path.glob(pattern))]
+        files = [path for path in found if path.suffix != ".aside"]  # what a remedy below has put there
         for path in [instance.path, *files]:
             if path.is_symlink():
                 links.append(path)
             elif not is_ours(path):
                 strange.append(path)
+            elif path != instance.path and is_directory(path):
+                no_files.append(path)
             elif _mode(path) & _OTHERS:
                 loose.append(path)
     # One finding for all of a kind: what loosened one of them has often loosened all.
@@ -106,7 +123,10 @@ def _inside(subject: Subject) -> Iterator[Check]:
             more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
             mend = f"{command} {shlex.join(map(str, paths))}"
             yield Check("state directory", "warning", f"{paths[0]}{more}: {what}", mend)
-    if not (loose or links or strange):
+    for path in no_files:
+        what = f"{path}: a directory, where a file of ours should be"
+        yield Check("state directory", "warning", what, set_aside(path))
+    if not (loose or links or strange or no_files):
         yield Check("state directory", "ok", f"{subject.state_dir} is ours alone")
 
 
@@ -124,24 +144,20 @@ def disk(subject: Subject) -> Check:
     path = cache_directory(subject, settings)
     above = nearest(path)
     if path.is_relative_to(subject.state_dir) and not writable(subject.state_dir):
-        if subject.state_dir.is_dir():
+        if is_directory(subject.state_dir) or not writable(above):
             return Check("disk", "skipped", "the state directory comes first")
         return _room(subject, settings, path, above)  # whether that can be made is the state directory's own question
     if not above.is_dir():
-        aside = f"mv {shlex.quote(str(above))} {shlex.quote(str(above))}.aside"
-        return Check("disk", "warning", f"{above} is no directory: the KV cache is not kept", aside)
+        return Check("disk", "warning", f"{above} is no directory: the KV cache is not kept", set_aside(above))
     if not writable(above):
         whose = "" if is_ours(above) else f", which belongs to {owner(above)},"
         what = f"{above}{whose} cannot be written to: the KV cache is not kept"
-        return Check("disk", "warning", what, make_writable(above))
+        return Check("disk", "warning", what, make_writable(path, _home(subject)) or subject.edit())
     return _room(subject, settings, path, above)
 
 
 def cache_directory(subject: Subject, settings: Settings) -> Path:
-    given = settings["cache.dir"]
-    if given is None:
-        return subject.state_dir / "kvcache"
-    return Path(os.path.normpath(settings.base("cache.dir", "/") / os.path.expanduser(given)))  # noqa: PTH111
+    return subject.state_dir / "kvcache" if settings["cache.dir"] is None else settings.path("cache.dir", "/")
 
 
 def _room(subject: Subject, settings: Settings, path: Path, above: Path) -> Check:

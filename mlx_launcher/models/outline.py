@@ -38,7 +38,7 @@ print(json.dumps({name: [kinds.get(tensor.dtype), tensor.shape] for name, tensor
 """
 
 
-def outline(config: Mapping[str, Any]) -> Tensors:
+def outline(config: dict[str, Any]) -> Tensors:
     """Type and shape of every tensor.
 
     LaunchError `architecture_unsupported` for one that mlx-lm does not know, `model_unsupported` where it cannot build the model.

@@ -19,6 +19,8 @@ PATH = "/metrics"
 MAX_REQUEST = 8192
 MAX_CLIENTS = 16
 
+# What a browser says of a request that no page made (somebody typed the address), or a page of this very server.
+_NO_STRANGER = frozenset(("none", "same-origin"))
 _REASONS = {200: "OK", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed"}
 
 
@@ -83,15 +85,22 @@ class Scrapes:
 def look(head: bytes) -> int:
     """The status for a request of this head.
 
-    A `Host` has to be one that nobody can rebind: else a web page whose name is made to lead here could read the answer.
+    A web page gets nothing, by the same rule as of host/access.py: its `Host` has to be one that nobody can rebind, its `Origin`
+    this very server's, and a browser's `Sec-Fetch-Site` must not say that a page of elsewhere asks. A scraper sends neither.
     """
     line, *fields = head.decode("latin-1").split("\r\n")
     words = line.split(" ")
     if len(words) != 3 or not words[2].startswith("HTTP/1."):
         return 400
-    pairs = [field.partition(":") for field in fields]
-    hosts = [value.strip().lower() for name, _, value in pairs if name.lower() == "host"]
+    given: dict[str, list[str]] = {"host": [], "origin": [], "sec-fetch-site": []}
+    for field in fields:
+        name, _, value = field.partition(":")
+        given.get(name.lower(), []).append(value.strip().lower())
+    hosts = given["host"]
     if any(_bare(host) not in ("localhost", *HOSTS) for host in hosts):
+        return 403
+    own = [f"http://{host}" for host in hosts]
+    if any([origin] != own for origin in given["origin"]) or not _NO_STRANGER.issuperset(given["sec-fetch-site"]):
         return 403
     if words[1].partition("?")[0] != PATH:
         return 404

@@ -14,7 +14,7 @@ PAGES = [pytest.param(page, id=page.name) for page in pages()]
 MEASURED = re.compile(r"\d(?:×|\u00a0?x\b| ?(?:ms|µs|MiB)\b)")
 SOURCE = re.compile(r"benchmarks/|tests/|`make bench`|RESULTS\.md")
 # What looks like one and is set in the code, or a formula.
-SET = re.compile(r"32 MiB|`\"\d+ms\"`|2 × layers")
+SET = re.compile(r"\b(?:1|32) MiB|`\"\d+ms\"`|2 × layers")
 
 
 @pytest.mark.parametrize("page", PAGES)

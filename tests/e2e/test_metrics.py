@@ -40,7 +40,8 @@ def test_a_host_counts_waits_tokens_and_outcomes(model: Path, tmp_path: Path, ba
         assert http_request(port, "/v1/models").status == 200
         beat = counted(host, 3)
         written = sum(reply.json["usage"]["completion_tokens"] for reply in (first, second))
-        assert beat["answers"] == {"ok": 2, "client_error": 1, "server_error": 0, "cancelled": 0, "queue_full": 0}
+        assert {outcome: count for outcome, count in beat["answers"].items() if count} == {"ok": 2, "client_error": 1}
+        assert beat["open"] == 0
         assert sum(beat["timings"]["first_token_cold_s"]["counts"]) == 1
         assert sum(beat["timings"]["first_token_warm_s"]["counts"]) == 1
         assert sum(beat["timings"]["token_s"]["counts"]) == written - 2

@@ -39,7 +39,7 @@ class Configured(Launcher):
 
     def runs(self) -> str:
         """Which of our two servers answers at this moment."""
-        return psutil.Process(self.server_pid()).cmdline()[4]
+        return next(word for word in psutil.Process(self.server_pid()).cmdline() if word in ("textgen", "legacy"))
 
     def does(self, *arguments: str) -> str:
         done = self(*arguments)

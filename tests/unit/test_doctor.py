@@ -105,6 +105,10 @@ def our_script_gone(patient: Patient, _: contextlib.ExitStack) -> None:
     patient.configure({"pythonVenv": str(sys.prefix)}, serverScript=str(script))
 
 
+def command_and_script(patient: Patient, _: contextlib.ExitStack) -> None:
+    patient.misconfigure({"pythonVenv": str(sys.prefix)}, command=["true"], serverScript="./none.sh")
+
+
 def in_model(change: Callable[[Path], object]) -> Break:
     return lambda patient, _: change(patient.model)
 
@@ -132,7 +136,30 @@ def gguf(model: Path) -> None:
 
 
 def huge(model: Path) -> None:
-    write_weights(model / "model.safetensors", {"model.embed_tokens.weight": ("F16", (10**12 // 2000, 1000))})
+    write_weights(model / "model.safetensors", {"large.weight": ("F16", (10**12 // 2000, 1000))})
+
+
+def in_config(**numbers: int) -> Break:
+    def change(model: Path) -> None:
+        file = model / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **numbers}))
+
+    return in_model(change)
+
+
+def torn_within(model: Path) -> None:
+    """Ends as JSON does, and is none: only who reads it all can tell."""
+    (model / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes()[:3000] + b"}")
+
+
+def template(text: str, *, named: bool = False) -> Break:
+    def change(model: Path) -> None:
+        file = model / "tokenizer_config.json"
+        value = [{"name": "default", "template": text}] if named else text
+        file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": value}))
+        (model / "chat_template.jinja").unlink(missing_ok=True)
+
+    return in_model(change)
 
 
 def short(model: Path) -> None:
@@ -160,11 +187,25 @@ def open_state(patient: Patient, _: contextlib.ExitStack) -> None:
     patient.state_dir.chmod(0o755)
 
 
+def open_state_of_others(patient: Patient, stack: contextlib.ExitStack) -> None:
+    open_state(patient, stack)
+    (patient.state_dir / "letters").touch()
+
+
 def open_log(patient: Patient, _: contextlib.ExitStack) -> None:
     log = patient.instance / "server.log"
     log.write_text("")
     log.chmod(0o644)
     patient.instance.chmod(0o755)
+
+
+def log_is_a_directory(patient: Patient, _: contextlib.ExitStack) -> None:
+    (patient.instance / "server.log").mkdir(mode=0o755)
+
+
+def open_cache(patient: Patient, _: contextlib.ExitStack) -> None:
+    (patient.state_dir / "kvcache").mkdir()
+    (patient.state_dir / "kvcache").chmod(0o777)
 
 
 def linked_log(patient: Patient, _: contextlib.ExitStack) -> None:
@@ -218,6 +259,7 @@ def stale_socket(patient: Patient, _: contextlib.ExitStack) -> None:
 def half_written(patient: Patient, _: contextlib.ExitStack) -> None:
     folder = patient.state_dir / "kvcache" / "a model"
     folder.mkdir(parents=True)
+    folder.parent.chmod(0o700)
     (folder / ".partial-4194303-entry.safetensors").write_text("")
 
 
@@ -263,12 +305,47 @@ CASES = {
     "a script that does not parse": Case("scripts", "failed", "unexpected end of file", script("if true; then\n")),
     "no virtual environment": Case("scripts", "failed", "there is no bin/activate in it", no_venv),
     "our script is gone": Case("scripts", "warning", "but anyclaude does", our_script_gone),
+    "a script that anyclaude alone would run": Case(
+        "scripts", "warning", "mlx-launch does without it", command_and_script, lambda patient: patient.configure()
+    ),
     "no model": Case("model", "failed", "there is no model at", in_model(shutil.rmtree), whole_again),
     "torn weights": Case(
         "model", "failed", "is torn", in_model(lambda path: truncate(path / "model.safetensors")), whole_again
     ),
     "no tokenizer": Case(
         "model", "failed", "no tokenizer.json", in_model(lambda path: (path / "tokenizer.json").unlink()), whole_again
+    ),
+    "a torn tokenizer": Case(
+        *("model", "failed", "tokenizer.json is torn"),
+        in_model(lambda path: truncate(path / "tokenizer.json")),
+        whole_again,
+    ),
+    "a tokenizer that is torn within": Case(
+        "model", "failed", "tokenizer.json cannot be read: ", in_model(torn_within), whole_again
+    ),
+    "a template that is none": Case(
+        "model", "failed", "tokenizer_config.json cannot be read: line 2: ", template("\n{% if %}"), whole_again
+    ),
+    "a template by name that is none": Case(
+        "model", "failed", "tokenizer_config.json cannot be read: line 1: ", template("{{ x", named=True), whole_again
+    ),
+    "a template file that is none": Case(
+        *("model", "failed", "chat_template.jinja cannot be read: line 1: "),
+        in_model(lambda path: (path / "chat_template.jinja").write_text("{% endif %}")),
+        whole_again,
+    ),
+    "more layers than there are": Case(
+        "model",
+        "failed",
+        "says num_hidden_layers 5, and the weights have 4",
+        in_config(num_hidden_layers=5),
+        whole_again,
+    ),
+    "weights of another size": Case(
+        "model", "failed", "says hidden_size 64, and the weights have 128", in_config(hidden_size=64), whole_again
+    ),
+    "other heads than there are": Case(
+        "model", "failed", "says heads of keys 4, and the weights have 2", in_config(num_key_value_heads=4), whole_again
     ),
     "another format": Case("model", "failed", "GGUF", in_model(gguf), whole_again),
     "an unknown architecture": Case("model", "failed", "architecture bert", another_model("bert"), whole_again),
@@ -289,7 +366,15 @@ CASES = {
         lambda patient: patient.configure(),
     ),
     "an open state directory": Case("state directory", "warning", "mode 0755", open_state),
+    "an open state directory with other things in it": Case(
+        "state directory",
+        "failed",
+        "holds more than our state",
+        open_state_of_others,
+    ),
     "an open log": Case("state directory", "warning", "and 1 more: open to others", open_log),
+    "a directory for a log": Case("state directory", "warning", "server.log: a directory, where", log_is_a_directory),
+    "a KV cache that is open": Case("state directory", "warning", "kvcache: open to others", open_cache),
     "a link for a log": Case("state directory", "warning", "a link", linked_log),
     "a link for a state directory": Case("state directory", "warning", "is a link to", linked_state),
     "a file for a state directory": Case("state directory", "failed", "is no directory", no_directory),
@@ -349,7 +434,7 @@ def test_what_scripts_depend_on(patient: Patient) -> None:
     done = patient.run("mlx-launch doctor --json")
     (error,) = json.loads(done.stdout)["errors"]
     assert (done.returncode, error["code"], done.stderr.count("\n")) == (1, "checks_failed", 1)
-    assert error["message"].endswith("are failures: configuration")
+    assert error["message"].endswith("is a failure: configuration")
 
 
 def test_a_mode_that_needs_no_server(
@@ -357,6 +442,19 @@ def test_a_mode_that_needs_no_server(
 ) -> None:
     patient.configure({"backend": "claude"})
     assert patient.findings_here(monkeypatch, capsys) == []
+
+
+def test_a_server_that_gave_up_is_started_with_its_own_file(
+    patient: Patient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gave_up(patient, contextlib.ExitStack())
+    file = patient.instance / "state.json"
+    for config, words in ((str(patient.file), ["mlx-launch"]), ("/my rc.json", ["MLX_LAUNCH_CONFIG=/my rc.json"])):
+        state = json.loads(file.read_text())
+        state["status"]["config"] = config
+        file.write_text(json.dumps(state))
+        (found,) = patient.findings_here(monkeypatch, capsys)
+        assert shlex.split(found["remedy"])[:1] == words
 
 
 def test_a_server_on_the_fallback(

@@ -1,6 +1,7 @@
 """The parts of the doctor that judge facts, for machines that are not at hand."""
 
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from mlx_launcher.cli.screen import WIDTH, columns
 from mlx_launcher.config import shipped
 from mlx_launcher.config.document import nothing, read
 from mlx_launcher.config.layers import Flags
-from mlx_launcher.doctor import model, python, state
+from mlx_launcher.demo import FAMILIES, build_random
+from mlx_launcher.doctor import model, model_files, places, python, settings, state
 from mlx_launcher.doctor import packages as sets
 from mlx_launcher.doctor.check import Check, Subject
 from mlx_launcher.doctor.examination import CHECKS, examine
@@ -173,6 +175,24 @@ def test_what_is_out_of_range_or_missing_is_a_failure(
     assert (found.remedy or "").endswith(f"-m pip install {pin}=={PINS[pin]}")
 
 
+def test_a_package_whose_files_are_gone_is_installed_again(installed: Installed, tmp_path: Path) -> None:
+    assert healthy(installed)[0].result == "ok"
+    for name, version in (("mlx-lm", "0.32.2"), ("click", "8.5.1")):
+        package = tmp_path / name.replace("-", "_")
+        package.mkdir()
+        (package / "__init__.py").touch()
+        record = tmp_path / f"{package.name}-{version}.dist-info" / "RECORD"
+        record.write_text(
+            f'{package.name}/__init__.py,sha256=x,0\n{package.name}/a/b.py,,\n../../bin/x.py,,\n"a,b.py",,\n'
+        )
+    assert sets.packages(PINS)[0].result == "ok"
+    shutil.rmtree(tmp_path / "mlx_lm")
+    (found,) = sets.packages(PINS)
+    assert (found.name, found.result) == ("packages", "failed")
+    assert found.found == "mlx-lm is installed, and its mlx_lm/__init__.py is gone"
+    assert (found.remedy or "").endswith("-m pip install --force-reinstall --no-deps mlx-lm==0.32.2")
+
+
 def test_what_others_say_of_each_other_is_a_warning(installed: Installed) -> None:
     (found,) = healthy(installed, mlx_cpu="0.32.3")
     assert found.result == "warning"
@@ -191,6 +211,15 @@ def a_subject(root: Path) -> Subject:
     return command._subject(app, Flags())
 
 
+def test_several_machines_are_called_so(tmp_path: Path) -> None:
+    block = {"modelPath": str(build_random(tmp_path / "model")), "distributed": {"peers": [{"host": "127.0.0.1"}]}}
+    file = tmp_path / "rc.json"
+    file.write_text(json.dumps({"backend": "mlx-cluster", "backends": {"mlx-cluster": block}}))
+    app = App([])
+    app.state_dir, app.config = tmp_path / "state", str(file)
+    assert "mlx-cluster (several machines as one) would serve" in settings.start(command._subject(app, Flags())).found
+
+
 def test_a_model_that_leaves_little_memory(tmp_path: Path) -> None:
     path = model_directory(tmp_path / "model", {"model_type": "llama"}, {"model.norm.weight": ("F16", (500_000, 1000))})
     subject = Subject(
@@ -200,6 +229,19 @@ def test_a_model_that_leaves_little_memory(tmp_path: Path) -> None:
     for memory, result in sizes.items():
         assert [check.result for check in model.model(subject, Memory(memory, "all"))] == ["ok", result]
     assert [check.result for check in model.model(subject, None)] == ["ok", "skipped"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_wrong_with_any_family(tmp_path: Path, family: str) -> None:
+    path = build_random(tmp_path / family, family)
+    assert model_files.contradiction(path) is None
+
+
+def test_a_template_with_the_tags_of_transformers(tmp_path: Path) -> None:
+    path = model_directory(tmp_path / "model", {"model_type": "llama"})
+    loop = "{% for m in messages %}{%- generation -%}{{ m }}{% endgeneration %}{% break %}{% endfor %}"
+    (path / "chat_template.jinja").write_text(loop)
+    assert model_files.contradiction(path) is None
 
 
 def test_a_disk_without_room_for_one_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +263,7 @@ def test_a_bound_below_one_prompt(tmp_path: Path) -> None:
     file.write_text(json.dumps({"backends": {"mlx": {"modelPath": str(path), "cache": {"maxBytes": "10MB"}}}}))
     subject = Subject(Flags(), {}, "/", tmp_path / "state", file, read(file), [], lambda word, _: word, "start")
     found = state.disk(subject)
-    assert (found.result, found.remedy) == ("warning", f'"${{EDITOR:-vi}}" {file}')
+    assert (found.result, found.remedy) == ("warning", f"${{EDITOR:-vi}} {file}")
 
 
 def test_a_check_that_breaks_is_a_finding(tmp_path: Path) -> None:
@@ -247,3 +289,22 @@ def test_eighty_columns() -> None:
     assert all(columns(line) <= WIDTH for line in lines if line not in remedy)
     assert "".join("".join(line[26:] for line in lines[:-2]).split()) == "".join(long.split())
     assert lines[-1] == f"{'ok':9}{'a':17}"
+
+
+def test_an_interpreter_with_a_space_in_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/my python/bin/python")
+    remedy = python.broken(MAC, "No module named 'mlx'", PINS).remedy or ""
+    assert remedy.startswith("'/my python/bin/python' -m pip install ")
+
+
+def test_sudo_changes_nothing_that_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owners = {tmp_path: False, tmp_path / "home": True}
+    monkeypatch.setattr(places, "is_ours", lambda path: owners.get(path, False))
+    home = tmp_path / "home"
+    (home / "theirs").mkdir(parents=True)
+    new = shlex.quote(str(tmp_path / "a" / "new"))
+    assert places.make_writable(home / "new", home) == f"chmod u+rwx {home}"
+    assert places.make_writable(home / "theirs", home) == f'sudo chown -R "$(id -un)" {home / "theirs"}'
+    assert places.make_writable(tmp_path / "a" / "new", home) == f'sudo install -d -m 700 -o "$(id -un)" {new}'
+    assert places.make_writable(tmp_path, home) is None
+    assert places.make_writable(tmp_path, Path("/")) is None
