@@ -12,8 +12,8 @@ TOKEN_S = (0.001, 0.002, 0.004, 0.007, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08
 
 # The name of each on the channel, with its bounds.
 BOUNDS = {"first_token_cold_s": FIRST_TOKEN_S, "first_token_warm_s": FIRST_TOKEN_S, "token_s": TOKEN_S}
-# How an answer may end, as the channel names it.
-OUTCOMES = ("ok", "client_error", "server_error", "cancelled", "queue_full")
+# How an answer may end, as the channel names it. Of the last one no host can tell: it is its supervisor that counts it.
+OUTCOMES = ("ok", "client_error", "server_error", "cancelled", "queue_full", "cut")
 
 
 def median(bounds: Sequence[float], counts: Sequence[int]) -> float | None:

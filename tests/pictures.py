@@ -7,6 +7,7 @@ Exits 1 where a command fails, or port 8081, which the pictures show, is taken.
 import contextlib
 import fcntl
 import io
+import json
 import os
 import pty
 import re
@@ -27,12 +28,15 @@ from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.text import Text
 from support.launched import ROOT, chat, processes_naming
+from support.waiting import until
 
 PICTURES = ROOT / "docs" / "pictures"
 COLUMNS, ROWS, PORT = 80, 24, 8081
 PROGRAM = Path(sys.executable).with_name("mlx-launch")
 # Long enough for a few answers to be counted.
 WATCHED_S = 6.0
+# What was asked is written to the disk while nobody asks.
+PAUSE_S, ENTRIES = 0.1, 3
 # A page on the web would fetch rich's font from elsewhere.
 FORMAT = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
 # What puts the cursor back to where a screen that is drawn again begins, and what else is no text or colour.
@@ -57,6 +61,7 @@ def main() -> int:
     try:
         draw("start", "mlx-launch start --demo", home, environment)
         with asking():
+            until(lambda: entries(environment) >= ENTRIES, 60, f"{ENTRIES} entries in the KV cache")
             draw("status", "mlx-launch status", home, environment)
             if "--watch" in on_a_terminal("mlx-launch status --help", environment):
                 draw("watch", "mlx-launch status --watch", home, environment, WATCHED_S)
@@ -113,23 +118,28 @@ def screen(said: str) -> str:
     return _MOVES.sub("", "\n".join(lines)).strip("\n") + "\n"
 
 
+def entries(environment: dict[str, str]) -> int:
+    """How many the KV cache has."""
+    said = subprocess.run([PROGRAM, "status", "--json"], env=environment, capture_output=True, check=True).stdout
+    return json.loads(said)["data"]["kv_cache"]["entries"] or 0
+
+
 @contextlib.contextmanager
 def asking() -> Iterator[None]:
-    """Somebody talks to the server meanwhile."""
+    """Somebody talks to the server meanwhile: of each story three times, and then of another one."""
     over = threading.Event()
 
     def ask() -> None:
         story = "Tell me again about the river, the stone and the cloud. " * 30
         turn = 0
-        while not over.is_set():
+        while not over.wait(PAUSE_S):
             with contextlib.suppress(OSError):
-                chat(PORT, story + f"This is question {turn // 3}.", max_tokens=60)
+                chat(PORT, f"Story {turn // 3}. {story}", max_tokens=60)
             turn += 1
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     try:
-        over.wait(2)
         yield
     finally:
         over.set()

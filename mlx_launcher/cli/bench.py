@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -13,11 +14,11 @@ import click
 
 from mlx_launcher.bench import plot as picture
 from mlx_launcher.bench.figures import Outcome, as_json
-from mlx_launcher.bench.measure import measure
+from mlx_launcher.bench.measure import RUNS, Measured, measure
 from mlx_launcher.cli.bench_table import lines
 from mlx_launcher.cli.instances import is_locked
 from mlx_launcher.cli.launch import make_plan
-from mlx_launcher.cli.options import json_option, model_options
+from mlx_launcher.cli.options import Whole, expanded, json_option, model_options
 from mlx_launcher.cli.output import App, Result, clean
 from mlx_launcher.cli.progress import Progress
 from mlx_launcher.cli.screen import WIDTH, fit
@@ -32,10 +33,12 @@ Say = Callable[[str], None]
 @click.command("bench")
 @click.option("--backends", metavar="A,B", help="Which to measure. [default: the configured one and its fallback]")
 @click.option(
-    "--prompt-tokens", type=click.IntRange(1), default=2400, show_default=True, help="How long a first request is."
+    "--prompt-tokens", type=Whole(1, 10**6), default=2400, show_default=True, help="How long a first request is."
 )
-@click.option("--turns", type=click.IntRange(1, 100), default=5, show_default=True, help="How often each is measured.")
-@click.option("--plot", metavar="FILE", help="Draw the times into this .png or .svg too; needs matplotlib.")
+@click.option("--turns", type=Whole(1, 100), default=5, show_default=True, help="How often each is measured.")
+@click.option(
+    "--plot", metavar="FILE", callback=expanded, help="Draw the times into this .png or .svg too; needs matplotlib."
+)
 @model_options
 @json_option
 @click.pass_obj
@@ -60,7 +63,8 @@ def command(
             click.echo(f"mlx-launch: note: a server runs on port {ports} meanwhile: both share this machine", err=True)
         plans = _Plans(app, root, Flags(host="127.0.0.1", **server), progress.show)
         makers = {name: functools.partial(plans.named, name) for name in names} or plans.defaults()
-        outcomes = [_measured(name, make, prompt_tokens, turns, progress.show) for name, make in makers.items()]
+        asked = functools.partial(measure, tokens=prompt_tokens, conversations=turns, run=secrets.randbelow(RUNS))
+        outcomes = [_measured(name, make, asked, progress.show) for name, make in makers.items()]
         model = plans.model
     data = {
         "model": model,
@@ -132,7 +136,7 @@ class _Plans:
         return make_plan(self._app, flags._replace(port=free_port()), self._say)
 
 
-def _measured(name: str, make: Callable[[], Plan], tokens: int, turns: int, show: Say) -> Outcome:
+def _measured(name: str, make: Callable[[], Plan], asked: Callable[..., Measured], show: Say) -> Outcome:
     """What came of one backend; its failure is a result too."""
 
     def say(what: str) -> None:
@@ -142,7 +146,7 @@ def _measured(name: str, make: Callable[[], Plan], tokens: int, turns: int, show
         plan = make()
         cache = Path(plan["instance"]) / "kvcache"
         with Throwaway(isolated(plan, cache), say) as server:
-            measured = measure(server, tokens, turns, say)
+            measured = asked(server, say=say)
             server.finish()
         return Outcome(name, measured, stored(cache))
     except LaunchError as error:
@@ -166,8 +170,12 @@ def _running(state_dir: Path) -> list[int]:
 
 @contextlib.contextmanager
 def _one_interrupt() -> Iterator[None]:
-    """Any signal that asks us to end is a Ctrl-C, and none after the first disturbs the cleaning up."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    """Any signal that asks us to end is a Ctrl-C, and none after the first disturbs the cleaning up.
+
+    What is ignored stays ignored: that is how nohup has it.
+    """
+    asking = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: handler for number in asking if (handler := signal.getsignal(number)) != signal.SIG_IGN}
 
     def interrupt(*_: object) -> None:
         for number in before:

@@ -40,17 +40,16 @@ def _line(label: str, cells: Sequence[str]) -> str:
 
 
 def _seconds(answers: Sequence[Answer]) -> str:
-    spread = Spread.of([answer.total_s for answer in answers])
-    return f"{digits(spread.median)} s {_part(spread)}" if spread else "-"
+    return _median([answer.total_s for answer in answers], " s")
 
 
-def _rate(values: Sequence[float | None]) -> str:
+def _median(values: Sequence[float | None], unit: str) -> str:
     spread = Spread.of(values)
-    return f"{digits(spread.median)}/s {_part(spread)}" if spread else "-"
-
-
-def _part(spread: Spread) -> str:
-    return f"±{spread.part * 100:.0f} %".rjust(6)
+    if spread is None:
+        return "-"
+    # One value says nothing of how far others would be from it.
+    around = f"±{spread.part * 100:.0f} %" if len(values) > 1 else ""
+    return f"{digits(spread.median)}{unit} {around:>6}"
 
 
 def _cached(answers: Sequence[Answer]) -> str:
@@ -89,8 +88,8 @@ _ROWS: tuple[tuple[str, Callable[[Measured, Stored | None], str]], ...] = (
     ("follow-up after a restart", lambda measured, _: _seconds(measured.after_restart)),
     ("  faster than the first", lambda measured, _: _faster(measured.first, measured.after_restart)),
     ("  cached tokens", lambda measured, _: _cached(measured.after_restart)),
-    ("prefill, tokens", lambda measured, _: _rate([answer.prefill_rate for answer in measured.first])),
-    ("decoding, tokens", lambda measured, _: _rate([answer.decode_rate for answer in measured.long])),
+    ("prefill, tokens", lambda measured, _: _median([answer.prefill_rate for answer in measured.first], "/s")),
+    ("decoding, tokens", lambda measured, _: _median([answer.decode_rate for answer in measured.long], "/s")),
     ("cache files", lambda _, stored: f"{stored.files:,}" if stored else "-"),
     ("cache bytes", lambda _, stored: size(stored.bytes) if stored else "-"),
 )

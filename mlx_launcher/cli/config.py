@@ -9,7 +9,7 @@ import click
 from mlx_launcher.cli.configured import current_directory, document_in_force, file_in_force
 from mlx_launcher.cli.groups import Table
 from mlx_launcher.cli.options import json_option, server_options
-from mlx_launcher.cli.output import App, Result
+from mlx_launcher.cli.output import App, Result, clean
 from mlx_launcher.config import document
 from mlx_launcher.config.layers import Flags, Settings, settle
 from mlx_launcher.errors import EXIT_CONFIG, EXIT_FAILED, LaunchError
@@ -26,6 +26,7 @@ _COMMANDS = {
 @click.group(
     "config", cls=Table, table=_COMMANDS, modules={"init": "mlx_launcher.cli.config_init"}, no_args_is_help=False
 )
+@json_option
 def command() -> None:
     """Show, check or write the configuration file."""
 
@@ -48,8 +49,8 @@ def show(app: App, /, origin: bool, **server: Any) -> Result:
     lines = []
     for key, row in values.items():
         value = row["value"] if isinstance(row["value"], str) else json.dumps(row["value"], ensure_ascii=False)
-        lines.append(f"{key:{width}}  {value}" + (f"  ({row['origin']})" if origin else ""))
-    lines += [f"note: {note}" for note in settings.notes]
+        lines.append(clean(f"{key:{width}}  {value}" + (f"  ({row['origin']})" if origin else "")))
+    lines += [clean(f"note: {note}") for note in settings.notes]
     return Result(_data(settings, {"values": values, "notes": settings.notes}), lines)
 
 
@@ -66,14 +67,15 @@ def validate(app: App, mode: str | None) -> Result:
         raise _no_file()
     problems = review(Flags(mode=mode), os.environ, read, current_directory())
     errors = [problem for problem in problems if problem.severity == "error"]
-    lines = [f"{problem.severity}: {read.file}: {problem.line}" for problem in problems]
+    lines = [clean(f"{problem.severity}: {read.file}: {problem.line}") for problem in problems]
     if not problems:
         lines = [f"{read.file}: nothing is wrong."]
     data = {"file": str(read.file), "problems": [problem.as_json(read.file) for problem in problems]}
     error = None
     if errors:
-        what = f"{read.file}: {len(errors)} error{'s'[: len(errors) > 1]}, the first: {errors[0].key}"
-        error = LaunchError("config_invalid", f"{what}: {errors[0].message}", errors[0].hint, EXIT_CONFIG)
+        first, count = errors[0], f"{len(errors)} error{'s'[: len(errors) > 1]}"
+        what = f"{read.file}: {count}, the first: {first.place}{first.message}"
+        error = LaunchError("config_invalid", what, first.hint, EXIT_CONFIG)
     return Result(data, lines, error)
 
 

@@ -13,19 +13,30 @@ from mlx_launcher.cli.tail import last_lines
 
 WIDTH = 80
 _LABEL = 12
+_ROOM = WIDTH - _LABEL - 2
+# What is cut where it is too long; all else wraps, up to so many lines: of a reason the middle may tell most.
+_CUT = ("url", "model", "path", "log")
+_MOST_LINES = 4
 
 
 def status_screen(status: dict[str, Any]) -> list[str]:
     """A running server on one screen. `status` is what the supervisor answers."""
-    rows = (row(label, fit(clean(str(text)), WIDTH - _LABEL - 2)) for label, text in _rows(status))
-    return [_first_line(status), *rows]
+    return [_first_line(status), *(line for label, text in _rows(status) for line in _lines(label, clean(str(text))))]
+
+
+def _lines(label: str, text: str) -> Iterator[str]:
+    if label in _CUT:
+        yield row(label, fit(text, _ROOM))
+        return
+    most = _ROOM * _MOST_LINES
+    for number, part in enumerate(wrapped(text if columns(text) <= most else take(text, most - 3) + "...", _ROOM)):
+        yield row("" if number else label, part)
 
 
 def failed_screen(status: dict[str, Any], log: Path, lines: int) -> list[str]:
     """A server that gave up: what it was, and the last lines of its log."""
-    room = WIDTH - _LABEL - 2
-    named = [row("model", fit(clean(status["model"]["id"]), room)), row("log", fit(clean(str(log)), room))]
-    excerpt = [part for line in last_lines(log, lines) for part in _wrapped(clean(line[:1000]), WIDTH - 4)]
+    named = [row("model", fit(clean(status["model"]["id"]), _ROOM)), row("log", fit(clean(str(log)), _ROOM))]
+    excerpt = [part for line in last_lines(log, lines) for part in wrapped(clean(line[:1000]), WIDTH - 4) if part]
     return [_first_line(status), *named, *(f"  | {part}" for part in excerpt)]
 
 
@@ -121,10 +132,17 @@ def columns(text: str) -> int:
     return len(text) if text.isascii() else sum(map(_width, text))
 
 
-def _wrapped(text: str, width: int) -> Iterator[str]:
-    while part := take(text, width):
-        yield part
-        text = text[len(part) :]
+def wrapped(text: str, width: int) -> list[str]:
+    """Broken between words, and within a word only where that alone is too wide, as paths are."""
+    lines = [""]
+    for word in text.split(" "):
+        if columns(lines[-1]) + columns(word) >= width and lines[-1]:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
+        while columns(lines[-1]) > width:
+            part = take(lines[-1], width)
+            lines[-1:] = [part, lines[-1][len(part) :]]
+    return lines
 
 
 def take(text: str, width: int) -> str:
@@ -164,8 +182,7 @@ def _rows(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "supervisor", _process(status["supervisor"])
     server = status["server"]
     yield "server", _process(server) if server else _no_server(status)
-    for rank in status.get("ranks", []):
-        yield f"rank {rank['rank']}", _rank(rank)
+    yield from rank_rows(status)
     if standby := status.get("standby"):
         yield "standby", f"pid {standby['pid']}, {size(standby['rss_bytes'])}, takes over after a crash"
     if server and server["restarts"]:
@@ -177,8 +194,7 @@ def _rows(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
         read = f"{did['prompt_tokens']:,} read ({did['cached_tokens']:,} from the cache)"
         yield "tokens", f"{read}, {did['completion_tokens']:,} written"
     if cache := status["kv_cache"]:
-        limit = f" of {size(cache['limit_bytes'])}" if cache["limit_bytes"] else ""
-        yield "kv cache", f"{cache['entries']} entries, {size(cache['bytes'])}{limit}"
+        yield "kv cache", on_disk(cache)
         if problem := cache.get("problem"):
             yield "kv cache", problem
     for note in status.get("notes", []):
@@ -194,6 +210,15 @@ def _rows(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "log", status["log_file"]
 
 
+def on_disk(cache: dict[str, Any]) -> str:
+    """What the KV cache has there: "3 entries, 2.1 MB of 18 GB"."""
+    count, limit = cache["entries"], cache["limit_bytes"]
+    if count is None:
+        return "- entries"
+    used = size(cache["bytes"]) + (f" of {size(limit)}" if limit else "")
+    return f"{count:,} {'entry' if count == 1 else 'entries'}, {used}"
+
+
 def _no_server(status: dict[str, Any]) -> str:
     if status["state"] != "idle":
         return "none"
@@ -201,10 +226,19 @@ def _no_server(status: dict[str, Any]) -> str:
     return "none, the next request starts it" + (f", which took {duration(took)} last time" if took is not None else "")
 
 
+def rank_rows(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """A row for each machine of a cluster."""
+    for rank in status.get("ranks", []):
+        yield f"rank {rank['rank']}", _rank(rank)
+
+
 def _rank(rank: dict[str, Any]) -> str:
-    step_s = rank["last_progress_s"]
-    got_on = "" if step_s is None else f", got on {duration(step_s)} ago"
-    return f"{rank['host']}, {rank['state']}, pid {rank['pid']}, {size(rank['rss_bytes'])}{got_on}"
+    """Of one that has just been started little is known."""
+    pid, rss_bytes, step_s = rank["pid"], rank["rss_bytes"], rank["last_progress_s"]
+    known = [] if pid is None else [f"pid {pid}"]
+    known += [] if rss_bytes is None else [size(rss_bytes)]
+    known += [] if step_s is None else [f"got on {duration(step_s)} ago"]
+    return ", ".join([rank["host"], rank["state"], *known])
 
 
 def _process(process: dict[str, Any]) -> str:

@@ -9,10 +9,10 @@ import click
 
 from mlx_launcher.cli.instances import ask, failure, last_status, log_file, not_running
 from mlx_launcher.cli.launch import make_plan, show_notes, spawn
-from mlx_launcher.cli.options import json_option, server_options
+from mlx_launcher.cli.options import SECONDS, json_option, server_options
 from mlx_launcher.cli.output import EXIT_INTERRUPTED, App, Result
 from mlx_launcher.cli.progress import Progress
-from mlx_launcher.cli.screen import failed_screen, phase_text, ready_screen
+from mlx_launcher.cli.screen import failed_screen, phase_text, ready_screen, serves
 from mlx_launcher.config.layers import Flags
 from mlx_launcher.errors import EXIT_FAILED, EXIT_NOT_READY, LaunchError
 from mlx_launcher.plan import CHECKSUMS, Plan, compared
@@ -20,7 +20,6 @@ from mlx_launcher.plan import CHECKSUMS, Plan, compared
 _POLL_S = 0.1
 _ATTEMPTS = 5  # to find a supervisor or become one, when others start and stop at the same moment
 _LOG_LINES = 15
-_SERVES = ("ready", "idle", "degraded")
 # By whether a service manager started it.
 _RAN = {False: "It was running already", True: "It was running already, as a service"}
 
@@ -30,7 +29,7 @@ _RAN = {False: "It was running already", True: "It was running already, as a ser
 @click.option("--no-wait", is_flag=True, help="Return as soon as the port is open.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0),
+    type=SECONDS,
     metavar="S",
     help="Wait at most this many seconds; the server goes on starting. [default: as long as it takes]",
 )
@@ -125,7 +124,7 @@ def _wait(app: App, plan: Plan, attached: bool, timeout: float | None) -> Result
                 if error.code != "not_running":
                     raise
                 return _ended(app, instance)
-            if status["state"] in _SERVES and not status["draining"]:
+            if serves(status):
                 break
             if status["state"] == "failed":
                 return _gave_up(app, instance, status)

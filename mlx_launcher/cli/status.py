@@ -2,10 +2,10 @@
 
 import click
 
-from mlx_launcher.cli.instances import ask, choose, failure, last_status, log_file
+from mlx_launcher.cli.instances import ask, choose, failure, last_status, log_file, log_trouble
 from mlx_launcher.cli.options import json_option, which_option
-from mlx_launcher.cli.output import App, Result
-from mlx_launcher.cli.screen import failed_screen, status_screen
+from mlx_launcher.cli.output import App, Result, clean
+from mlx_launcher.cli.screen import WIDTH, failed_screen, fit, row, status_screen
 from mlx_launcher.errors import EXIT_NOT_RUNNING, LaunchError
 
 _LOG_LINES = 5
@@ -34,4 +34,7 @@ def command(app: App, watching: bool, port: int | None) -> Result:
             raise
         lines = failed_screen(last, log_file(instance), _LOG_LINES)
         return Result(last, lines, failure(app, last, EXIT_NOT_RUNNING))
-    return Result(status, status_screen(status))
+    lines = status_screen(status)
+    if why := log_trouble(instance):
+        lines.append(fit(row("not kept", clean(why)), WIDTH))
+    return Result(status, lines)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from mlx_launcher.cli.instances import ask, failure, last_status, not_running
-from mlx_launcher.cli.output import App, Result, abandon_stdout, paint, render
+from mlx_launcher.cli.output import App, Result, abandon_stdout, paint, render, unwritable
 from mlx_launcher.cli.screen import WIDTH
 from mlx_launcher.cli.watch_screen import Rate, picture
 from mlx_launcher.errors import EXIT_NOT_RUNNING, LaunchError
@@ -49,6 +49,8 @@ def watch(app: App, instance: Path) -> Result:
         except BrokenPipeError:
             abandon_stdout()
             raise click.exceptions.Exit(0) from None
+        except OSError as full:
+            raise unwritable(full) from None
     return _ended(app, instance)
 
 
@@ -72,11 +74,12 @@ def _show(app: App, instance: Path, status: dict[str, Any], moves: bool, wake: i
 
 def _draw(app: App, status: dict[str, Any], rate: float | None, trouble: str | None, moves: bool) -> None:
     if app.json:
-        render(app, Result(status, []))
+        if code := render(app, Result(status, [])):
+            raise click.exceptions.Exit(code)
         return
     width, height = shutil.get_terminal_size() if moves else (WIDTH + 1, _ENDLESS)
     # The last column is left free: what is erased after a character there would take it along.
-    lines = picture(status, rate, time.time(), min(WIDTH, width - 1), height, trouble)
+    lines = picture(status, rate, time.time(), width - 1, height, trouble)
     lines[0] = lines[0].replace(f": {status['state']}", f": {paint(status['state'], sys.stdout)}", 1)
     if moves:
         click.echo(_HOME + "\n".join(_ERASE_LINE + line for line in lines) + _ERASE_BELOW, nl=False)
@@ -108,8 +111,11 @@ def _screen_of_its_own() -> Iterator[None]:
     try:
         yield
     finally:
-        click.echo(_LEAVE, nl=False)
-        sys.stdout.flush()
+        try:
+            click.echo(_LEAVE, nl=False)
+            sys.stdout.flush()
+        except OSError:  # its window was closed
+            abandon_stdout()
 
 
 def _end(number: int, _: object) -> NoReturn:

@@ -9,10 +9,11 @@ from typing import Any
 from mlx_launcher.cli.logs import event_line
 from mlx_launcher.cli.output import clean
 from mlx_launcher.cli.progress import moving_line
-from mlx_launcher.cli.screen import columns, duration, fit, row, size, take
+from mlx_launcher.cli.screen import WIDTH, columns, duration, fit, on_disk, rank_rows, row, size, take
 
 # Tokens a second are those of so many looks, which come once a second as the beats do: of fewer they would jump.
 _LOOKS = 4
+_LABEL = columns(row("", ""))
 
 
 class Rate:
@@ -38,11 +39,11 @@ def picture(
     `trouble` why the status is not a new one.
     """
     clock = time.strftime("%H:%M:%S", time.localtime(at))
-    head = f"{_headline(status):<{max(0, width - len(clock) - 1)}} {clock}"
+    head = f"{_headline(status):<{max(0, min(width, WIDTH) - len(clock) - 1)}} {clock}"
     lines = [
         head,
         *([f"  {clean(trouble)}"] if trouble else []),
-        *(row(label, clean(text)) for label, text in _rows(status, rate)),
+        *(row(label, clean(text)) for label, text in _rows(status, rate, max(0, width - _LABEL))),
     ]
     events = [_event(event, at) for event in reversed(status["events"])]
     lines += ["", "  last events", *events] if events else []
@@ -54,19 +55,21 @@ def _headline(status: dict[str, Any]) -> str:
     return f"port {status['port']}: {status['state']}{f' ({doing})' if doing else ''}"
 
 
-def _rows(status: dict[str, Any], rate: float | None) -> Iterator[tuple[str, str]]:
-    yield "model", fit(status["model"]["id"], 60)
+def _rows(status: dict[str, Any], rate: float | None, room: int) -> Iterator[tuple[str, str]]:
+    """Each label with its text, which says less where there is little `room`."""
+    yield "model", fit(status["model"]["id"], max(room, 3))
     backend, configured = status["backend"], status["configured_backend"]
     yield "backend", backend if backend == configured else f"{backend} instead of {configured}"
     yield "progress", _progress(status)
     did, speed = status["activity"], status.get("speed", {})
     yield "requests", f"{did['in_flight']} in flight, {did['queued']} queued, {did['requests']:,} done"
-    rates = (rate, "now"), (speed.get("last_minute_tokens_per_s"), "in the last minute")
-    yield "tokens/s", ", ".join(f"{_short(value)} {what}" for value, what in rates)
+    decoding = _short(speed.get("last_minute_tokens_per_s"))
+    yield "tokens/s", f"{_short(rate)} now, pauses included; {decoding} while decoding (last minute)"
     waits = (speed.get("first_token_cold_s"), "cold"), (speed.get("first_token_warm_s"), "warm")
     yield "first token", ", ".join(f"{_seconds(value)} {what}" for value, what in waits) + ", the queue included"
-    yield "cache", _cache(status)
+    yield "cache", _cache(status, room)
     yield "memory", _memory(status)
+    yield from rank_rows(status)
     if problem := status["kv_cache"].get("problem"):
         yield "kv cache", problem
     for note in status["notes"]:
@@ -82,17 +85,19 @@ def _progress(status: dict[str, Any]) -> str:
     return moving_line(status["phase"], status["progress"], server["uptime_s"])
 
 
-def _cache(status: dict[str, Any]) -> str:
+def _cache(status: dict[str, Any], room: int) -> str:
     did, cache = status["activity"], status["kv_cache"]
     share = f"{did['cached_tokens'] / did['prompt_tokens']:.0%}".replace("%", " %") if did["prompt_tokens"] else "-"
-    parts = [f"{share} of the prompts' tokens", f"{cache['entries']:,} entries"]
-    parts.append(size(cache["bytes"]) + (f" of {size(cache['limit_bytes'])}" if cache["limit_bytes"] else ""))
-    return ", ".join([*parts, *([f"{size(cache['memory_bytes'])} in memory"] if cache.get("memory_bytes") else [])])
+    kept = [on_disk(cache), *([f"{size(cache['memory_bytes'])} in memory"] if cache.get("memory_bytes") else [])]
+    long, short = (", ".join([f"{share} {what}", *kept]) for what in ("of the prompts' tokens", "reused"))
+    return long if columns(long) <= room else short
 
 
 def _memory(status: dict[str, Any]) -> str:
     processes = ((name, status.get(name)) for name in ("server", "standby", "supervisor"))
-    return ", ".join(f"{name} {size(process['rss_bytes'])}" for name, process in processes if process)
+    parts = [f"{name} {size(process['rss_bytes'])}" for name, process in processes if process]
+    ranks = [rank["rss_bytes"] for rank in status.get("ranks", [])]
+    return ", ".join([*parts, *([f"all ranks {size(sum(ranks))}"] if ranks and None not in ranks else [])])
 
 
 def _event(event: dict[str, Any], at: float) -> str:

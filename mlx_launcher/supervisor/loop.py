@@ -294,8 +294,7 @@ class Supervisor:
             self._journal.note("ready", server=self._server.pid, took_s=self._record.ready(self._now))
             self._apply(self._policy.ready(self._now))
         elif kind == "dying":
-            cause: Cause = "freeze" if message.get("cause") == "freeze" else "crash"
-            self._policy.dying(self._record.says(message), cause)
+            self._policy.dying(self._record.says(message), message.get("frozen") is True)
         elif kind == "fault":
             parts = [str(message[key]).rstrip(".") for key in ("reason", "hint") if message.get(key)]
             why = ". ".join(parts) or "the server reported a fault"
@@ -361,7 +360,7 @@ class Supervisor:
             "metrics": self._scrapes.seen,
             "events": list(self._journal.tail),
         }
-        return status.build(self._plan, seen)
+        return {**status.build(self._plan, seen), "config": plans.config_file(self._plan)}
 
     def _metrics(self) -> str:
         return metrics.render(self._status(), self._record.totals.seen(), self._record.restarts)

@@ -86,7 +86,13 @@ def _servers(status: dict[str, Any], restarts: Mapping[Cause, int]) -> Iterator[
         _Sample(status[name]["rss_bytes"] if status[name] else None, {"process": name})
         for name in ("server", "standby", "supervisor")
     ]
-    yield from _family("memory_bytes", "gauge", "Resident memory of the processes.", processes)
+    text = "Resident memory of the processes on this machine."
+    yield from _family("memory_bytes", "gauge", text, processes)
+    ranks = [
+        _Sample(rank["rss_bytes"], {"rank": str(rank["rank"]), "host": str(rank["host"])}) for rank in status["ranks"]
+    ]
+    text = "Resident memory of a cluster's ranks, each on its machine."
+    yield from _family("rank_memory_bytes", "gauge", text, ranks)
 
 
 def _histogram(name: str, totals: Counted, labels: Labels) -> Iterator[_Sample]:

@@ -157,10 +157,10 @@ class Policy:
         """The server answers, but not with a token."""
         self._unproved = why
 
-    def dying(self, why: str, cause: Cause = "crash") -> None:
+    def dying(self, why: str, frozen: bool) -> None:
         """The server says that it will end by itself; what is done about it is decided when it has."""
         if self._server == "alive" and not self.draining and self.ending is None:
-            self.last_error, self.cause = why, cause
+            self.last_error, self.cause = why, "freeze" if frozen else "crash"
 
     def beat(self, now: float, beat: dict[str, Any]) -> list[Decision]:
         """A host's report of its work."""

@@ -51,7 +51,9 @@ class Server:
             self._spawn_host(backend, listeners)
         # Of a cluster, the ranks on this machine.
         self.ranks_here = [
-            rank for rank, member in enumerate(backend["settings"].get("cluster", {}).get("hosts", [])) if member["here"]
+            rank
+            for rank, member in enumerate(backend["settings"].get("cluster", {}).get("hosts", []))
+            if member["here"]
         ]
         self.pid = self._popen.pid
         self.started = system.process_started(self.pid)

@@ -35,13 +35,16 @@ class Record:
             self.restarts[cause] = self.restarts.get(cause, 0) + 1
         self.totals.ends()
         self._begun, self._proved = True, False
-        self.beat, self.progress, self._asked_at = status.between_servers(self.beat), None, now
+        self.beat = {"kv_cache": status.without_server(self.beat)["kv_cache"]}
+        self.progress, self._asked_at = None, now
         self._dying = None
 
     def hear(self, beat: dict[str, Any]) -> None:
-        self.beat = beat
         if self._proved:
+            self.beat = beat
             self.totals.heard(beat)
+        else:  # it has not looked at the disk yet
+            self.beat = {**beat, "kv_cache": beat.get("kv_cache") or self.beat.get("kv_cache")}
 
     def phase(self, message: dict[str, Any]) -> int | None:
         """A phase of a start; how many bytes are loaded, where it says so."""
@@ -60,6 +63,8 @@ class Record:
 
     def exits(self, code: int, asked: str | None) -> str:
         """Why it ended: what it was `asked` to end for, or else what it said itself, or else what waitpid says."""
+        self.totals.ends()
+        self.beat = status.without_server(self.beat)
         self.last_exit = {"at": utc_now(), **describe_exit(code)}
         if (why := asked or self._dying) is not None:
             self.last_exit["reason"] = why
@@ -73,7 +78,7 @@ class Record:
         """The last beat; with `idle`, what the last server had done, and since when there has been nothing to do."""
         if not idle:
             return self.beat
-        return {**self.beat, "idle_s": round(now - self._unused_since, 1), "in_flight": 0, "queued": 0}
+        return {**self.beat, "idle_s": round(now - self._unused_since, 1)}
 
     def server(self, server: Server | None, restarts: int) -> status.ServerStatus | None:
         """What `status` shows of the one that runs."""
@@ -82,7 +87,16 @@ class Record:
         return {
             "pid": server.pid,
             "uptime_s": round(time.monotonic() - server.began, 1),
-            "rss_bytes": self.beat.get("rss_bytes") if server.drains else system.rss_bytes(server.pid),
+            "rss_bytes": self._rss_bytes(server),
             "restarts": restarts,
             "last_exit": self.last_exit,
         }
+
+    def _rss_bytes(self, server: Server) -> int | None:
+        """What it says itself; of a cluster, what all its processes on this machine have."""
+        if not server.drains:
+            return system.rss_bytes(server.pid)
+        if not (ranks := self.beat.get("ranks")):
+            return self.beat.get("rss_bytes")
+        here = [rank["rss_bytes"] for rank in ranks if rank["rank"] in server.ranks_here]
+        return sum(filter(None, [system.rss_bytes(server.pid), *here]))

@@ -12,13 +12,14 @@ from mlx_launcher.buckets import BOUNDS, median
 from mlx_launcher.plan import Plan, compared
 from mlx_launcher.supervisor import plans
 from mlx_launcher.supervisor.standby import StandbyStatus
-from mlx_launcher.supervisor.totals import counted
+from mlx_launcher.supervisor.totals import as_dict, counted
 
 STATE_NAME = "state.json"
 SCHEMA = 1
 
 _ACTIVITY = ("in_flight", "queued", "requests", "prompt_tokens", "cached_tokens", "completion_tokens", "idle_s")
-NO_KV_CACHE: dict[str, Any] = {"dir": None, "entries": 0, "bytes": 0, "limit_bytes": None}
+# None is what nobody has told.
+NO_KV_CACHE: dict[str, Any] = {"dir": None, "entries": None, "bytes": None, "limit_bytes": None}
 
 
 class ServerStatus(TypedDict):
@@ -78,7 +79,7 @@ def build(plan: Plan, seen: Seen) -> dict[str, Any]:
         "activity": {key: beat.get(key, 0.0 if key == "idle_s" else 0) for key in _ACTIVITY},
         "ranks": beat.get("ranks") or [],
         "speed": _speed(beat),
-        "kv_cache": {**NO_KV_CACHE, **_as_dict(beat.get("kv_cache"))},
+        "kv_cache": {**NO_KV_CACHE, **as_dict(beat.get("kv_cache")), **({} if seen["server"] else {"memory_bytes": 0})},
         "metrics": seen["metrics"],
         "last_error": seen["last_error"],
         "reload": seen["reload"],
@@ -92,16 +93,12 @@ def build(plan: Plan, seen: Seen) -> dict[str, Any]:
 
 def _speed(beat: dict[str, Any]) -> dict[str, float | None]:
     """Medians of what the server's users waited for a first token, in seconds, and its tokens a second while decoding."""
-    counts, rates = counted(beat)["counts"], _as_dict(beat.get("tokens_per_s"))
+    counts, rates = counted(beat)["counts"], as_dict(beat.get("tokens_per_s"))
     waits = {name: median(BOUNDS[name], counts[name]) for name in ("first_token_cold_s", "first_token_warm_s")}
     return {
         **{name: wait if wait is None else round(wait, 4) for name, wait in waits.items()},
         **{f"{name}_tokens_per_s": rates.get(name) for name in ("last_answer", "last_minute")},
     }
-
-
-def _as_dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def progress(message: dict[str, Any]) -> dict[str, int] | None:
@@ -112,9 +109,10 @@ def progress(message: dict[str, Any]) -> dict[str, int] | None:
     return None
 
 
-def between_servers(beat: dict[str, Any]) -> dict[str, Any]:
-    """What stays true of the last beat when its server is gone: what lies on the disk."""
-    return {"kv_cache": beat["kv_cache"]} if "kv_cache" in beat else {}
+def without_server(beat: dict[str, Any]) -> dict[str, Any]:
+    """What stays true of the last beat when its server is gone: what it had done, and what lies on the disk."""
+    cache = {key: value for key, value in as_dict(beat.get("kv_cache")).items() if key in NO_KV_CACHE}
+    return {**beat, "in_flight": 0, "queued": 0, "ranks": [], "notes": [], "kv_cache": cache}
 
 
 def headline(status: dict[str, Any]) -> str:

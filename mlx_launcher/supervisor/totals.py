@@ -22,13 +22,16 @@ class Totals:
 
     def __init__(self) -> None:
         self._ended = self._running = counted({})
+        self._open = 0
 
     def heard(self, beat: dict[str, Any]) -> None:
-        self._running = counted(beat)
+        self._running, self._open = counted(beat), number(beat.get("open"))
 
     def ends(self) -> None:
-        """The server whose beats were heard is gone."""
+        """The server whose beats were heard is gone, and with it what it had not answered yet."""
         self._ended, self._running = self.seen(), counted({})
+        self._ended["answers"]["cut"] += self._open
+        self._open = 0
 
     def seen(self) -> Counted:
         """All that was done so far."""
@@ -46,8 +49,8 @@ class Totals:
 
 def counted(beat: dict[str, Any]) -> Counted:
     """What one beat says; zero for all that it does not say, or says in another form."""
-    answers, timings = _dict(beat.get("answers")), _dict(beat.get("timings"))
-    told = {name: _dict(timings.get(name)) for name in BOUNDS}
+    answers, timings = as_dict(beat.get("answers")), as_dict(beat.get("timings"))
+    told = {name: as_dict(timings.get(name)) for name in BOUNDS}
     return {
         "tokens": {key: number(beat.get(key)) for key in TOKENS},
         "answers": {key: number(answers.get(key)) for key in OUTCOMES},
@@ -56,7 +59,8 @@ def counted(beat: dict[str, Any]) -> Counted:
     }
 
 
-def _dict(value: Any) -> dict[str, Any]:
+def as_dict(value: Any) -> dict[str, Any]:
+    """What a host reports under names; empty for anything else."""
     return value if isinstance(value, dict) else {}
 
 

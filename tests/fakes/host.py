@@ -55,6 +55,7 @@ served = 0
 processed = 0
 rss = 4096
 mute = False
+loaded = False
 draining = False
 last_activity = time.monotonic()
 
@@ -75,8 +76,9 @@ def phase(name: str, done: int | None = None) -> None:
 def beat() -> None:
     if mute:
         return
-    kv_cache = {"dir": "/kv", "entries": 1, "bytes": 2, "limit_bytes": 3}
     counts: dict[str, object] = {"in_flight": in_flight, "queued": 0, "requests": served, "processed_tokens": processed}
+    counts["open"] = in_flight
+    kv_cache = {"dir": "/kv", "entries": 1, "bytes": 2, "limit_bytes": 3, "memory_bytes": 4} if loaded else None
     idle_s = round(time.monotonic() - last_activity, 2)
     if options.counts:
         waits = {"counts": [served] + [0] * 14, "sum": served / 100}
@@ -93,7 +95,7 @@ def leave_grandchild() -> None:
 
 
 def start_up() -> None:
-    global last_activity
+    global last_activity, loaded
     if options.ignore_sigterm:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print("fake host", os.getpid(), flush=True)
@@ -111,6 +113,7 @@ def start_up() -> None:
     if options.garbage:
         with write_lock:
             channel.sendall(b"x" * 100_000 + b"\nnot json\n[1]\n\xff\xfe\n{}\n" + b'{"type":"phase","phase":7}\n')
+    loaded = True
     phase("proving")
     if options.fault_if and Path(options.fault_if).exists():
         options.fault = "broken later"

@@ -29,6 +29,11 @@ def test_stop_with_a_strange_timeout_is_refused(launched: Launched, timeout_s: o
     assert launched.status()["state"] == "ready"
 
 
+def test_a_status_names_the_configuration(launch: Launch) -> None:
+    source = {"argv": ["python", "--config=/etc/mine.json", "plan"], "cwd": "/", "env": {}}
+    assert launch(source=source).status()["config"] == "/etc/mine.json"
+
+
 def test_many_honest_clients_at_once(launched: Launched) -> None:
     states: list[str] = []
     threads = [threading.Thread(target=lambda: states.append(launched.status()["state"])) for _ in range(30)]

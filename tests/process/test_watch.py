@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from support.supervised import ROOT, Launched
@@ -123,6 +124,28 @@ def test_a_signal_restores_the_terminal_too(launched: Launched, number: int) -> 
         assert shown.output.endswith(LEAVE)
 
 
+def test_a_closed_window_ends_it_and_is_no_bug(launched: Launched, tmp_path: Path) -> None:
+    errors = tmp_path / "errors"
+    pid, ours = pty.fork()  # a session of its own, whose terminal this is
+    if not pid:
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT, 0o600), 2)
+        argv = [sys.executable, "-m", "mlx_launcher", *_where(launched), "status", "--watch"]
+        os.execve(sys.executable, argv, {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color"})
+    said = bytearray()
+
+    def drawn() -> bool:
+        if select.select([ours], [], [], 0)[0]:
+            said.extend(os.read(ours, 65536))
+        return b"\x1b[J" in said
+
+    until(drawn, 20, "a picture")
+    os.close(ours)
+    ended = until(lambda: (found := os.waitpid(pid, os.WNOHANG))[0] and found, 20, "its end")
+    assert os.waitstatus_to_exitcode(ended[1]) == 128 + signal.SIGHUP
+    assert errors.read_text() == ""
+    assert not list(launched.instance.parent.glob("mlx-launch-error-*"))
+
+
 def test_another_size_is_another_picture(launched: Launched) -> None:
     with terminal(launched) as shown:
         shown.until(": ready")
@@ -207,5 +230,5 @@ def test_a_supervisor_that_stands_still_is_waited_for(launched: Launched) -> Non
 def test_a_load_shows_how_far_it_is(launch: Launch) -> None:
     launched = launch("--loading-s", "4")
     with terminal(launched) as shown:
-        shown.until("loading [")
+        shown.until("loading  [")
         assert shown.end(signal.SIGINT) == 0

@@ -36,6 +36,7 @@ class Host:
         self.port = port
         self.phases: list[str] = []
         self.fault: str | None = None
+        self.end: dict[str, Any] = {}  # what it said of its own end
         self.counters: dict[str, Any] = {}
         self.ready = False
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the host
@@ -99,7 +100,7 @@ class Host:
             elif message["type"] == "ready":
                 self.ready = True
             elif message["type"] in ("fault", "dying"):
-                self.fault = message["reason"]
+                self.fault, self.end = message["reason"], message
             elif message["type"] == "beat":
                 self.counters = message
 

@@ -15,7 +15,7 @@ from mlx_launcher.cli import COMMANDS, main, status
 from mlx_launcher.cli.output import App, clean, error_line, paint
 from mlx_launcher.cli.progress import Progress, moving_line
 from mlx_launcher.cli.screen import WIDTH, columns, duration, failed_screen, fit, ready_screen, size, status_screen
-from mlx_launcher.config import paths
+from mlx_launcher.config import first, paths
 from mlx_launcher.errors import LaunchError
 
 LONG = "/home/a user/" + "very-long-directory/" * 12 + "模型/Qwen3-Coder-30B-A3B-Instruct-4bit"
@@ -167,6 +167,7 @@ def test_an_error_is_one_clean_line() -> None:
     error = LaunchError("c", "first\nsecond\x1b[31m red.", "Do this.")
     assert error_line(error) == "mlx-launch: first second?[31m red. Do this."
     assert error_line(LaunchError("c", "no hint")) == "mlx-launch: no hint."
+    assert error_line(LaunchError("c", "what", "Is it?")) == "mlx-launch: what. Is it?"
     assert clean("a\tb\r\nc\x07\udcff") == "a b c??"
 
 
@@ -212,9 +213,18 @@ def test_the_state_directory_is_made_private_and_a_loose_one_of_ours_is_mended(t
     new = tmp_path / "a" / "b"
     paths.create_state_dir(new)
     assert stat.S_IMODE(new.stat().st_mode) == 0o700
-    new.chmod(0o755)
+    script = first.install_script(new, True)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (script, script.parent)} == {0o700}
+    cache, text, precious = new / "kvcache", script.parent / "notes", tmp_path / "precious"
+    cache.mkdir()
+    for file, mode in ((text, 0o644), (precious, 0o644), (cache, 0o777), (script.parent, 0o755), (new, 0o755)):
+        file.touch()
+        file.chmod(mode)
+    (script.parent / "link").symlink_to(precious)
+    script.chmod(0o755)
     paths.create_state_dir(new)
-    assert stat.S_IMODE(new.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (new, cache, script, script.parent)} == {0o700}
+    assert (stat.S_IMODE(text.stat().st_mode), stat.S_IMODE(precious.stat().st_mode)) == (0o600, 0o644)
 
 
 def test_a_state_directory_that_cannot_be(tmp_path: Path) -> None:
@@ -256,6 +266,29 @@ def test_what_a_status_says() -> None:
     text = "\n".join(status_screen({**STATUS, "phase": "loading", "draining": True}))
     for part in ("port 8081: ready (loading, draining)", "pid 4194303, up 11 d 13 h, 99 GB", "1,234,567 done"):
         assert part in text
+
+
+def test_a_long_reason_wraps_and_a_path_is_cut() -> None:
+    reason = "rank 1 on 10.231.77.2: it froze: no sign of life for 7 s. " + "Look at it. " * 10
+    lines = status_screen({**STATUS, "last_error": reason, "log_file": LONG})
+    assert reason.strip() in " ".join(line.removeprefix("  last error").strip() for line in lines)
+    assert sum(LONG[-20:] in line for line in lines) == 1
+    endless = status_screen({**STATUS, "last_error": "why " * 500})
+    assert endless[-2].endswith("...")
+    assert len(endless) <= 24
+
+
+def test_of_a_rank_that_starts_only_what_is_known_is_shown() -> None:
+    row = {"rank": 1, "host": "10.0.0.2", "state": "starting", "pid": None, "rss_bytes": None, "last_progress_s": None}
+    known = {**row, "rank": 0, "state": "ready", "pid": 7, "rss_bytes": 10**8, "last_progress_s": 3.4}
+    lines = status_screen({**STATUS, "ranks": [known, row]})
+    assert "  rank 0      10.0.0.2, ready, pid 7, 100 MB, got on 3 s ago" in lines
+    assert "  rank 1      10.0.0.2, starting" in lines
+
+
+def test_what_is_not_known_of_the_cache_is_no_zero() -> None:
+    unknown = {"dir": None, "entries": None, "bytes": None, "limit_bytes": None}
+    assert "  kv cache    - entries" in status_screen({**STATUS, "kv_cache": unknown})
 
 
 def test_idle_says_what_brings_it_back() -> None:
@@ -310,6 +343,10 @@ def test_how_to_stop_it_names_what_is_not_the_default() -> None:
     assert app.typed("stop", 9000) == "mlx-launch stop --port 9000"
     app.state_dir, app.state_dir_given = Path("/a b"), True
     assert app.typed("stop", 8081) == "mlx-launch --state-dir '/a b' stop"
+    app.config = "my rc.json"
+    assert app.typed("cache", 8081) == "mlx-launch --state-dir '/a b' --config 'my rc.json' cache"
+    app.config, app.no_config = None, True
+    assert app.typed("start", 9000) == "mlx-launch --state-dir '/a b' --no-config start --port 9000"
 
 
 @pytest.mark.parametrize(

@@ -109,8 +109,8 @@ def test_where_the_memory_is_not_known(model: Path, monkeypatch: pytest.MonkeyPa
 
 def test_what_cannot_be_spread_says_why(tmp_path: Path, model: Path) -> None:
     found = size(model, "--hosts", "3")
-    assert "tensor: not possible, its 32 heads cannot be divided by 3" in found.lines
-    with pytest.raises(LaunchError, match="its 32 heads cannot be divided by 3") as error:
+    assert "tensor: not possible, its 32 attention heads cannot be divided by 3" in found.lines
+    with pytest.raises(LaunchError, match="its 32 attention heads cannot be divided by 3") as error:
         size(model, "--hosts", "3", "--strategy", "tensor")
     assert error.value.code == "strategy_unsupported"
     gemma = model_directory(tmp_path / "gemma", {**QWEN, "model_type": "gemma3_text"}, TENSORS)
@@ -151,13 +151,20 @@ def test_a_model_of_the_hub_need_not_be_here(tmp_path: Path, monkeypatch: pytest
         assert hub.sent == 0  # of the weights
         with pytest.raises(LaunchError) as error:
             size("org/none")
-    assert error.value.code == "model_not_found"
+        assert error.value.code == "model_not_found"
+        del hub.files["config.json"]  # as of a repository with GGUF alone
+        with pytest.raises(LaunchError, match=r"no config\.json") as error:
+            size("org/tiny")
+        assert error.value.code == "model_unsupported"
     assert not (tmp_path / ".cache" / "huggingface" / "hub").exists()
 
 
 @pytest.mark.parametrize(
     ("config", "code"),
-    [({"model_type": "no_such_thing"}, "model_unsupported"), ({"model_type": "llama", "x": 1}, "model_unsupported")],
+    [
+        ({"model_type": "no_such_thing"}, "architecture_unsupported"),
+        ({"model_type": "llama", "x": 1}, "model_unsupported"),
+    ],
 )
 def test_what_mlx_lm_cannot_build(tmp_path: Path, config: dict[str, Any], code: str) -> None:
     model = model_directory(tmp_path / "model", config)
@@ -166,3 +173,27 @@ def test_what_mlx_lm_cannot_build(tmp_path: Path, config: dict[str, Any], code: 
         size(model)
     assert error.value.code == code
     assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--bandwidth=inf",
+        "--bandwidth=nan",
+        "--bandwidth=1e-320",
+        "--link=nan",
+        "--latency=1e400",
+        "--context=" + "9" * 60,
+    ],
+)
+def test_numbers_that_nothing_can_be_computed_from(
+    option: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["cluster", "size", "--model", str(model), "--json", option])
+    assert ended.value.code == 2
+    assert json.loads(capsys.readouterr().out)["errors"][0]["code"] == "usage"
+
+
+def test_memory_in_bytes_is_memory(model: Path) -> None:
+    assert size(model, "--memory=64000000000,128GB").data == size(model, "--memory=64GB,128GB").data

@@ -7,11 +7,26 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.pretended import pretended
 
+from mlx_launcher.cli import main
 from mlx_launcher.cli.logs import event_line
 from mlx_launcher.cli.tail import follow, last_lines
+
+# Beside what every pretended status has, what one on the screen needs.
+RUNNING: dict[str, Any] = {
+    "supervisor": {"pid": 1, "uptime_s": 1.0, "rss_bytes": 1},
+    "activity": dict.fromkeys(
+        ("in_flight", "queued", "requests", "prompt_tokens", "cached_tokens", "completion_tokens", "idle_s"), 0
+    ),
+    "kv_cache": {"dir": None, "entries": None, "bytes": None, "limit_bytes": None},
+    "log_file": "/its/server.log",
+    "notes": [],
+    "events": [],
+}
 
 
 @pytest.fixture
@@ -154,3 +169,36 @@ def test_a_torn_journal_is_shown(log: Path) -> None:
     assert json.loads(done.stdout)["data"]["events"][1] == {"event": "unreadable", "line": '{"at": "T"'}
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == ["T a", 'unreadable line="{\\"at\\": \\"T\\""']
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert last_lines(pipe, 3) == []
+    assert last_lines(Path("/dev/null"), 3) == []
+    instance = tmp_path / "8081"
+    instance.mkdir()
+    (instance / "state.json").write_text(json.dumps({"status": {"log_file": str(pipe)}}))
+    command = [sys.executable, "-m", "mlx_launcher", "--state-dir", str(tmp_path), "logs"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"mlx-launch: {pipe} is no file")
+
+
+@pytest.mark.parametrize("kind", ["directory", "link"])
+def test_a_log_that_is_none_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    (tmp_path / "elsewhere").write_text("not ours")
+    with pretended(tmp_path, 18499, "/m", **RUNNING):
+        log = tmp_path / "18499" / "server.log"
+        log.mkdir() if kind == "directory" else log.symlink_to(tmp_path / "elsewhere")
+        said = []
+        for command in ("logs", "status"):
+            with pytest.raises(SystemExit):
+                main(["--state-dir", str(tmp_path), command])
+            said.append("".join(capsys.readouterr()))
+    logs, seen = said
+    assert f"{log} is a {kind}" in logs
+    assert "mlx-launch --state-dir" in logs
+    assert "not ours" not in logs
+    (line,) = [line for line in seen.splitlines() if line.startswith("  not kept ")]
+    assert f"server.log is a {kind}" in line

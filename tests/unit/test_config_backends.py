@@ -45,6 +45,12 @@ class Configured:
             self.plan(*args, **block)
         return caught.value
 
+    def error_in(self, environment: dict[str, str], **block: Any) -> LaunchError:
+        self.file.write_text(json.dumps({"backends": {"mlx": {"modelPath": str(self.model), **block}}}))
+        with pytest.raises(LaunchError) as caught:
+            assemble(Flags(), self.directory / "state", Caller(["x"], "/", environment), read(self.file))
+        return caught.value
+
     def script(self, name: str, text: str = "#!/bin/sh\n") -> Path:
         script = self.directory / name
         script.parent.mkdir(exist_ok=True)
@@ -81,7 +87,7 @@ def test_the_files_values_reach_the_plan(configured: Configured) -> None:
             "memoryBytes": "2GB",
             "maxBytes": "40GB",
         },
-        warmup={"promptFiles": ["prompts/first.json", "/second.json"]},
+        warmup={"promptFiles": ["prompts/first.json", "/second.json", "~/third.json"]},
         metricsPort=9090,
     )
     assert (plan["port"], plan["hosts"], plan["url"]) == (8099, ["127.0.0.2"], "http://127.0.0.2:8099/v1")
@@ -95,7 +101,8 @@ def test_the_files_values_reach_the_plan(configured: Configured) -> None:
     directory = str(configured.directory / "kv")
     cache = {"enabled": False, "dir": directory, "slots": 5, "min_tokens": 7}
     assert settings["cache"] == {**cache, "memory_bytes": 2_000_000_000, "max_bytes": 40_000_000_000}
-    assert settings["warmup"] == [str(configured.directory / "prompts" / "first.json"), "/second.json"]
+    first, third = configured.directory / "prompts" / "first.json", Path("~/third.json").expanduser()
+    assert settings["warmup"] == [str(first), "/second.json", str(third)]
     assert plan["backend"]["env"]["A"] == "b"
 
 
@@ -139,6 +146,19 @@ def test_a_file_that_names_no_model_on_disk(block: dict[str, Any], says: str, co
     error = configured.error(**block)
     assert (error.code, error.exit_code) == ("no_model", 4)
     assert says in error.message
+
+
+def test_a_name_of_the_environment_is_told_as_that(configured: Configured) -> None:
+    error = configured.error_in({"MLX_MODEL": "gpt-oss"}, modelPath=None)
+    assert error.message.startswith('environment MLX_MODEL: "gpt-oss" is a name')
+    assert error.hint.startswith("Set MLX_MODEL to a directory")
+
+
+def test_a_key_that_no_request_can_carry_is_refused_and_not_shown(configured: Configured) -> None:
+    error = configured.error_in({"MLX_API_KEY": "sk-planted\nmore"})
+    assert error.exit_code == 4
+    assert error.message.startswith("environment MLX_API_KEY: ")
+    assert "sk-planted" not in error.message + error.hint
 
 
 def test_a_model_that_is_missing_is_told_with_its_key(configured: Configured) -> None:

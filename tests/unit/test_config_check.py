@@ -123,12 +123,31 @@ def test_null_is_the_default_everywhere() -> None:
         ({"host": "example.org"}, "host", "an address is wanted"),
         ({"env": {"A=B": "x"}}, "env.'A=B'", "no name of an environment variable"),
         ({"command": []}, "command", "empty"),
+        ({"metricsPort": 8081}, "metricsPort", "the port of the server itself"),
+        ({"port": 9000, "metricsPort": 9000}, "metricsPort", "the port of the server itself"),
+        ({"baseUrl": "http://localhost:9/v1", "metricsPort": 9}, "metricsPort", "the port of the server itself"),
+        ({"distributed": {"enabled": True, "strategy": "zigzag"}}, "distributed.strategy", "zigzag is not known"),
     ],
 )
 def test_keys_that_contradict_each_other_or_this_machine(block: dict[str, Any], key: str, says: str) -> None:
     problem = problems_of(**block)[key]
     assert problem.severity == "error"
     assert says in problem.message
+
+
+def test_words_of_a_cluster_that_are_not_known_matter_where_there_is_one() -> None:
+    """Another connection bars no start, and anyclaude may know other words."""
+    words = {"strategy": "zigzag", "connection": "wifi"}
+    assert problems_of(distributed=words) == {}
+    found = problems_of(distributed={**words, "enabled": True})
+    assert {key: problem.severity for key, problem in found.items()} == {
+        "distributed.strategy": "error",
+        "distributed.connection": "warning",
+    }
+    blocks = {"mlx-cluster": {"distributed": words}}
+    assert [problem.severity for problem in check_all(document({"backends": blocks}))] == ["error", "warning"]
+    good = {"strategy": "Pipeline", "connection": "RING", "enabled": True}
+    assert problems_of(distributed=good, port=9000, metricsPort=8081) == {}
 
 
 @pytest.mark.parametrize(
@@ -224,6 +243,17 @@ def test_the_schema_and_the_check_agree_about_what_is_wrong() -> None:
             jsonschema.validate({"backends": {"mlx": block}}, json_schema())
 
 
+def test_a_prompt_file_that_is_missing_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "there.json").touch()
+    model = build_random(tmp_path / "model")
+    block = {"model": str(model), "warmup": {"promptFiles": ["there.json", "gone.json"]}}
+    file = tmp_path / ".anyclauderc.json"
+    file.write_text(json.dumps({"backends": {"mlx": block}}))
+    (problem,) = review(Flags(), {}, read(file), "/")
+    assert (problem.severity, problem.key) == ("warning", "backends.mlx.warmup.promptFiles.1")
+    assert str(tmp_path / "gone.json") in problem.message
+
+
 # -- any JSON at all
 
 _KEYS = st.sampled_from([*Configuration.model_fields, *Block.model_fields, *Cache.model_fields, "// x", "prt", ""])
@@ -276,3 +306,16 @@ def test_any_json_is_a_plan_or_an_error_of_one_line(
         said = json.dumps(plan)
         assert json.loads(said) == plan
     assert "\n" not in said
+
+
+def test_what_is_no_number_in_yaml_is_none_here(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("backends: {mlx-cluster: {distributed: {peers: [{host: a, memory_gb: .nan}]}}}")
+    (found,) = check_all(read(file))
+    assert found.line == "backends.mlx-cluster.distributed.peers.0.memory_gb: a number is wanted"
+
+
+def test_a_message_does_not_contradict_itself() -> None:
+    found = problems_of(maxQueue=1.5, baseUrl="http://localhost:8081")
+    assert found["maxQueue"].message == "a whole number is wanted"
+    assert found["baseUrl"].message == "the server answers under /v1, and the URL has no path"

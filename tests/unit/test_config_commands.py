@@ -93,6 +93,22 @@ def test_show_without_a_file(command: Command) -> None:
     assert command.json("config", "show")["data"]["values"]["port"] == {"value": 8081, "origin": "default"}
 
 
+@pytest.mark.parametrize(
+    ("block", "problem"),
+    [
+        ({"model": "a-name"}, 'backends.mlx.model: "a-name" is a name'),
+        ({"serverScript": "/no/such"}, "backends.mlx.serverScript: there is no script /no/such"),
+        ({"modelPath": "/no/such"}, "backends.mlx.modelPath: there is no model at /no/such"),
+    ],
+)
+def test_validate_names_the_file_once(block: dict[str, Any], problem: str, command: Command) -> None:
+    command.write(**block)
+    _, out, err = command("config", "validate")
+    assert out.partition(": ")[2].startswith(f"{command.file}: {problem}")
+    assert err.count(str(command.file)) <= 1
+    assert out.count(str(command.file)) == 1
+
+
 def test_validate_lists_everything(command: Command) -> None:
     command.write(port="x", prt=1, cache={"cache_slots": []})
     code, out, err = command("config", "validate")
@@ -168,6 +184,7 @@ def test_init_never_overwrites(command: Command) -> None:
     backup = Path(command.json("config", "init", "--force")["data"]["backup"])
     assert backup.read_text() == "mine"
     assert backup.parent == command.root
+    assert stat.S_IMODE(backup.stat().st_mode) == 0o600  # what was there may hold a key
     assert "backends" in read(command.file).data
     assert len(list(command.root.glob(".anyclauderc.json*"))) == 2
 
@@ -285,3 +302,15 @@ def test_what_a_start_without_a_file_imports(tmp_path: Path) -> None:
     imported = set(json.loads(done.stderr.splitlines()[-1]))
     assert json.loads(done.stdout)["ok"]
     assert not imported & {"pydantic", "yaml", "mlx", "asyncio", "huggingface_hub", "difflib"}
+
+
+def test_what_a_file_holds_does_not_reach_the_terminal_as_it_is(command: Command) -> None:
+    command.write(model="red\x1b[31m\nmodel")
+    _, out, _ = command("config", "show")
+    assert "model                       red?[31m model" in out.splitlines()
+
+
+def test_an_error_of_the_file_itself_has_no_place_before_it(command: Command) -> None:
+    command.file.write_text(json.dumps({"backends": {"mlx-legacy": {"port": 8082}}}))
+    err = command("config", "validate", "--mode", "mlx")[2]
+    assert "1 error, the first: has no backend mlx" in err

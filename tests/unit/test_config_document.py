@@ -47,7 +47,7 @@ def test_a_link_to_nowhere_is_found_and_refused(tmp_path: Path) -> None:
     (tmp_path / ".anyclauderc.json").symlink_to("nowhere")
     file = find(None, {}, str(tmp_path), None)
     assert file
-    with pytest.raises(LaunchError, match="there is no such file"):
+    with pytest.raises(LaunchError, match="it is a link to nowhere, which is not there"):
         read(file)
 
 

@@ -183,13 +183,13 @@ def test_what_somebody_else_changed_is_not_overwritten(file: Path, change: str) 
 
 
 def test_changed_while_the_new_one_is_written(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, keep = edit.read(file), edit._keep
+    source, keep = edit.read(file), edit.keep
 
-    def meanwhile(source: edit.Source) -> Path:
+    def meanwhile(real: Path, data: bytes) -> Path:
         file.write_text("theirs")
-        return keep(source)
+        return keep(real, data)
 
-    monkeypatch.setattr(edit, "_keep", meanwhile)
+    monkeypatch.setattr(edit, "keep", meanwhile)
     with pytest.raises(LaunchError) as refused:
         edit.write(source, "ours")
     assert refused.value.code == "changed_meanwhile"

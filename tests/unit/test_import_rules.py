@@ -37,7 +37,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "models": ({"system", "errors"}, {"huggingface_hub"}),
     "demo": (set(), set()),
     "bench": ({"errors"}, {"matplotlib"}),
-    "doctor": ({"backends", "config", "kvcache", "models", "service", "system", *LEAVES}, {"packaging", "psutil"}),
+    "doctor": (
+        {"backends", "config", "kvcache", "models", "service", "system", *LEAVES},
+        {"jinja2", "packaging", "psutil"},
+    ),
     "service": ({"config", "errors"}, set()),
     "system": (set(), {"psutil"}),
     "errors": (set(), set()),

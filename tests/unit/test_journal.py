@@ -1,5 +1,6 @@
 """Files that grow, and the channel's lines, without a process."""
 
+import errno
 import json
 import os
 import socket
@@ -76,6 +77,30 @@ def test_the_journal_keeps_the_last_events(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
     assert [line["n"] for line in lines] == list(range(TAIL + 5))
     assert lines[0]["at"].endswith("Z")
+
+
+def test_what_a_full_disk_cut_off_does_not_swallow_the_next_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, room, real = tmp_path / "journal.jsonl", [25], os.write
+
+    def write(fd: int, data: bytes) -> int:
+        if not room[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = real(fd, data[: room[0]])
+        room[0] -= written
+        return written
+
+    monkeypatch.setattr(os, "write", write)
+    journal = Journal(str(path))
+    journal.note("torn")
+    journal.note("lost")
+    room[0] = 1000
+    journal.note("first")
+    journal.note("second")
+    torn, *whole = path.read_text().splitlines()
+    assert len(torn) == 25
+    assert [json.loads(line)["event"] for line in whole] == ["first", "second"]
 
 
 @pytest.fixture

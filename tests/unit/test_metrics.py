@@ -2,19 +2,23 @@
 
 import asyncio
 import threading
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from mlx_launcher.buckets import BOUNDS, FIRST_TOKEN_S, median
+from mlx_launcher import system
+from mlx_launcher.buckets import BOUNDS, FIRST_TOKEN_S, OUTCOMES, median
 from mlx_launcher.host import timings
 from mlx_launcher.host.engine import Counters
 from mlx_launcher.host.errors import QueueFullError, RequestError
 from mlx_launcher.host.timings import Stopwatch, Timings
 from mlx_launcher.supervisor import metrics
+from mlx_launcher.supervisor.process import Server
+from mlx_launcher.supervisor.record import Record
 from mlx_launcher.supervisor.scrapes import look
 from mlx_launcher.supervisor.totals import Totals, counted
 
@@ -150,6 +154,7 @@ def test_totals_outlive_their_servers() -> None:
     totals, counters = Totals(), Counters()
     for ended in range(3):
         for requests in range(1, 4):
+            counters.timings.asked()
             counters.timings.ended(None)
             totals.heard({"prompt_tokens": 100 * requests, **counters.timings.told()})
             assert totals.seen()["answers"]["ok"] == 3 * ended + requests
@@ -157,6 +162,21 @@ def test_totals_outlive_their_servers() -> None:
         totals.ends()
         counters = Counters()
     assert totals.seen()["answers"]["ok"] == 9
+
+
+def test_what_a_server_had_not_answered_when_it_ended_was_cut() -> None:
+    totals, counting = Totals(), Timings()
+    for _ in range(3):
+        counting.asked()
+    counting.ended(None)
+    totals.heard(counting.told())
+    assert totals.seen()["answers"] == {**dict.fromkeys(OUTCOMES, 0), "ok": 1}
+    totals.ends()
+    totals.ends()
+    assert totals.seen()["answers"] == {**dict.fromkeys(OUTCOMES, 0), "ok": 1, "cut": 2}
+    totals.heard(Timings().told())
+    totals.ends()
+    assert totals.seen()["answers"]["cut"] == 2
 
 
 def a_status(**changes: Any) -> dict[str, Any]:
@@ -170,6 +190,7 @@ def a_status(**changes: Any) -> dict[str, Any]:
         "standby": None,
         "activity": {"in_flight": 1, "queued": 2},
         "kv_cache": {"dir": None, "entries": 3, "bytes": 4, "limit_bytes": None},
+        "ranks": [],
         **changes,
     }
 
@@ -201,6 +222,7 @@ def test_the_families_are_a_promise_and_what_is_not_known_is_left_out() -> None:
         "kv_cache_memory_bytes": "gauge",
         "server_restarts": "counter",
         "memory_bytes": "gauge",
+        "rank_memory_bytes": "gauge",
     }
     assert families["mlx_launch_kv_cache_limit_bytes"].samples == []
     assert [sample.labels["process"] for sample in families["mlx_launch_memory_bytes"].samples] == [
@@ -213,10 +235,32 @@ def test_the_families_are_a_promise_and_what_is_not_known_is_left_out() -> None:
     assert len(buckets) == len(BOUNDS["token_s"]) + 1
 
 
+def test_ranks_are_told_apart_by_number_and_machine() -> None:
+    ranks = [
+        {"rank": 0, "host": "127.0.0.1", "rss_bytes": 2_000_000},
+        {"rank": 1, "host": "mac-2", "rss_bytes": 3_000_000},
+        {"rank": 2, "host": "mac-3", "rss_bytes": None},
+    ]
+    samples = rendered(ranks=ranks)["mlx_launch_rank_memory_bytes"].samples
+    assert [(sample.labels, sample.value) for sample in samples] == [
+        ({"rank": "0", "host": "127.0.0.1"}, 2e6),
+        ({"rank": "1", "host": "mac-2"}, 3e6),
+    ]
+
+
 @pytest.mark.parametrize("state", ["starting", "ready", "idle", "degraded", "restarting", "failed", "stopped"])
 def test_one_state_holds(state: str) -> None:
     samples = rendered(state=state, server=None)["mlx_launch_state"].samples
     assert [sample.labels["mlx_launch_state"] for sample in samples if sample.value] == [state]
+
+
+def test_the_memory_of_a_cluster_is_that_of_its_processes_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "rss_bytes", {7: 10}.get)
+    record, leader = Record(), SimpleNamespace(pid=7, began=0.0, drains=True, ranks_here=[0, 2])
+    ranks = [{"rank": number, "rss_bytes": count} for number, count in enumerate((100, 1000, None))]
+    record.hear({"rss_bytes": 100, "ranks": ranks})
+    seen: Any = record.server(cast("Server", leader), 0)
+    assert seen["rss_bytes"] == 110
 
 
 @given(st.text(max_size=30))
@@ -228,3 +272,23 @@ def test_any_name_of_a_model_is_read_back_as_it_was(name: str) -> None:
 @given(st.binary(max_size=200))
 def test_no_head_of_a_request_is_more_than_a_status(head: bytes) -> None:
     assert look(head) in (200, 400, 403, 404, 405)
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ((), 200),
+        (("Origin: http://localhost:9108",), 200),
+        (("Sec-Fetch-Site: none",), 200),
+        (("Sec-Fetch-Site: same-origin", "Origin: http://LOCALHOST:9108"), 200),
+        (("Origin: http://evil.example",), 403),
+        (("Origin: http://localhost:3000",), 403),
+        (("Origin: https://localhost:9108",), 403),
+        (("Origin: null",), 403),
+        (("Sec-Fetch-Site: cross-site",), 403),
+        (("Sec-Fetch-Site: same-site",), 403),
+    ],
+)
+def test_a_page_of_another_origin_reads_nothing(fields: tuple[str, ...], status: int) -> None:
+    head = "\r\n".join(["GET /metrics HTTP/1.1", "Host: localhost:9108", *fields])
+    assert look(head.encode()) == status

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mlx_launcher.errors import LaunchError
-from mlx_launcher.models import sizing
+from mlx_launcher.models import sizing, splitting
 from mlx_launcher.models.architectures import Architecture, architecture
 from mlx_launcher.models.facts import Tensors
 from mlx_launcher.models.outline import outline
@@ -163,16 +163,21 @@ def test_what_mlx_lm_drops_is_not_counted() -> None:
         ({}, 4, ["pipeline"], "its 2 key-value heads cannot be divided by 4"),
         ({}, 6, [], "it has 5 layers"),
         ({"model_type": "llama"}, 2, ["tensor"], "no pipeline"),
+        ({"num_attention_heads": 1, "num_key_value_heads": 1}, 2, ["pipeline"], "its 1 attention head cannot"),
+        # Keys and values that are compressed are no heads, whatever the configuration calls them.
+        ({"model_type": "deepseek_v2", "num_key_value_heads": 1}, 4, ["tensor", "pipeline"], ""),
+        ({"model_type": "deepseek_v3", "num_key_value_heads": 1}, 4, ["tensor", "pipeline"], ""),
+        ({"model_type": "qwen3_5", "linear_num_value_heads": 3}, 2, ["pipeline"], "its 3 linear value heads"),
         ({"model_type": "gemma3_text"}, 2, [], "no tensor parallelism"),
         ({"model_type": "qwen3_next"}, 2, ["pipeline"], "no tensor parallelism"),
         # What offers its text model's layers as its own.
         ({"model_type": "qwen3_5"}, 2, ["tensor", "pipeline"], ""),
-        ({"model_type": "no_such_thing"}, 2, [], "no pipeline"),
+        ({"model_type": "no_such_thing"}, 2, [], "does not know this architecture"),
     ],
 )
 def test_what_a_model_can_be_spread_by(config: dict[str, Any], hosts: int, works: list[str], why: str) -> None:
     given = {**CONFIG, **config}
-    found, fails = sizing.strategies(shape(given), architecture(given), hosts)
+    found, fails = splitting.strategies(given, hosts)
     assert found == works
     assert why in "; ".join(fails.values())
 

@@ -91,6 +91,12 @@ def test_what_only_looks_like_a_secret_is_shown() -> None:
     assert differences(PLAN, new) == ["backend.requireKey null → true", "backend.minTokens null → 7"]
 
 
+def test_the_file_that_a_plan_was_made_of() -> None:
+    argv = ["python", "-m", "mlx_launcher", "--config=mine.json", "plan"]
+    assert plans.config_file(changed(source={"argv": argv, "cwd": "/there", "env": {}})) == "/there/mine.json"
+    assert plans.config_file(changed(source={"argv": argv[:3], "cwd": "/there", "env": {}})) is None
+
+
 def test_notes_and_source_make_no_other_server() -> None:
     new = changed(notes=["a"], source__cwd="/elsewhere")
     assert plans.same_server(PLAN, new)  # type: ignore[arg-type]

@@ -77,6 +77,18 @@ def test_a_fault_before_ready_is_final() -> None:
     assert (policy.state, policy.last_error) == ("failed", "torn weights")
 
 
+@pytest.mark.parametrize(("frozen", "cause"), [(True, "freeze"), (False, "crash")])
+def test_a_server_says_why_it_ends(frozen: bool, cause: str) -> None:
+    policy = policy_at_work()
+    policy.ready(1.0)
+    policy.dying("rank 1 froze", frozen)
+    policy.exited(2.0, "rank 1 froze", left=False)
+    assert (policy.cause, policy.last_error) == (cause, "rank 1 froze")
+    policy.tick(2.0)
+    policy.spawned(2.0)
+    assert policy.cause == "crash"
+
+
 def test_a_fault_after_ready_is_a_crash() -> None:
     policy = policy_at_work()
     policy.ready(1.0)

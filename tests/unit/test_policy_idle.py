@@ -78,6 +78,17 @@ def test_what_is_left_of_the_group_goes_first() -> None:
     assert policy.asleep
 
 
+@pytest.mark.parametrize(("beat", "restarts"), [(UNUSED, 0), ({"in_flight": 1}, 1)])
+def test_what_outlives_a_kill_is_answered_once(beat: dict[str, Any], restarts: int) -> None:
+    policy = served()
+    policy.beat(600.0, beat)
+    policy.exited(600.0, "exit 0", left=True)
+    assert dos(policy.tick(610.0)) == ["kill"]
+    assert dos(policy.tick(630.0)) == (["wait"] if restarts else ["idle"])
+    assert policy.emptied(630.1, "exit 0") == []
+    assert (policy.restarts, policy.asleep) == (restarts, not restarts)
+
+
 def test_somebody_connects() -> None:
     policy = slept()
     woken(policy, 1000.0)

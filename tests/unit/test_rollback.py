@@ -228,6 +228,31 @@ def test_away_from_a_script_that_is_gone(world: World) -> None:
 # -- a server runs
 
 
+def test_the_file_is_that_which_the_server_was_started_with(world: World, server: Pretended) -> None:
+    old = world.write()
+    other = world.file.rename(world.root / "idle.json")
+    server.status["config"] = str(other)
+    done = world.json("--port", str(PORT), "--yes")["data"]
+    assert (done["switched"], done["edited"], done["file"]) == (True, True, str(other))
+    assert json.loads(other.read_text())["backends"]["mlx"]["serverScript"] == str(world.legacy)
+    assert world("--port", str(PORT), "--undo", "--yes")[0] == 0
+    assert other.read_text() == old
+    here = world.write()  # found where the command runs, and another server's
+    assert world.json("--yes")["data"]["file"] == str(other)
+    assert world.now() == here
+
+
+def test_another_file_is_taken_where_it_is_named_or_the_servers_is_gone(world: World, server: Pretended) -> None:
+    world.write()
+    server.status["config"] = str(world.root / "gone.json")
+    assert world.json("--yes")["data"]["file"] == str(world.file)
+    (world.root / "broken.json").write_text("{")
+    server.status["config"] = str(world.root / "broken.json")
+    with pytest.raises(SystemExit) as ended:
+        main(["--state-dir", str(world.state_dir), "--no-config", "rollback", "--undo", "--yes"])
+    assert ended.value.code == 0
+
+
 def test_the_server_goes_first_and_the_file_follows(world: World, server: Pretended) -> None:
     old = world.write()
     server.before_outcome = lambda: seen.append(world.now())

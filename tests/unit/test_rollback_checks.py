@@ -14,6 +14,8 @@ from mlx_launcher.backends.checks import Check, Target
 from mlx_launcher.cli import main
 from mlx_launcher.config import first, shipped
 from mlx_launcher.demo import build_random
+from mlx_launcher.models import fit
+from mlx_launcher.system.memory import Memory
 
 HEX = "0123456789abcdef0123456789abcdef"
 
@@ -87,6 +89,14 @@ def test_a_script_of_the_user_s_own_that_is_right(tmp_path: Path, suffix: str) -
     text = "#!/bin/bash\nexec true\n" if suffix == ".sh" else "import json\nimport psutil\n"
     target = a_script(tmp_path / f"mine{suffix}", text)
     assert failed(target, tmp_path / "state") == set()
+
+
+@pytest.mark.parametrize("suffix", [".sh", ".py"])
+def test_a_locale_that_is_not_installed_is_no_fault_of_a_script(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LC_ALL", "xx_YY.UTF-8")
+    assert failed(a_script(tmp_path / f"mine{suffix}", "import json\n" * (suffix == ".py")), tmp_path) == set()
 
 
 def test_a_script_that_is_missing_a_directory_or_not_executable(tmp_path: Path) -> None:
@@ -244,6 +254,25 @@ def test_a_model_that_is_torn_and_a_file_that_contradicts_itself(
     bad = [check["name"] for check in envelope["data"]["checks"] if not check["ok"]]
     assert (code, bad) == (1, ["configuration", "model"])
     assert envelope["errors"][0]["code"] == "check_failed"
+
+
+@pytest.mark.parametrize(("bytes_", "fits"), [(1000, False), (10**12, True)])
+def test_what_several_machines_hold_may_be_too_much_for_one(
+    surroundings: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    bytes_: int,
+    fits: bool,
+) -> None:
+    monkeypatch.setattr(fit, "model_memory", lambda: Memory(bytes_, "all of it"))
+    block = {"modelPath": "model", "distributed": {"peers": [{"host": "127.0.0.1"}]}}
+    (surroundings / ".anyclauderc.json").write_text(
+        json.dumps({"backend": "mlx-cluster", "backends": {"mlx-cluster": block}})
+    )
+    code, envelope = run(surroundings, capsys)
+    found = {check["name"]: check for check in envelope["data"]["checks"]}
+    assert (code, found["memory"]["ok"]) == (0 if fits else 1, fits)
+    assert fits or "this machine has 0.0 GB for it (all of it)" in found["memory"]["message"]
 
 
 def test_all_of_a_script_s_checks(surroundings: Path, capsys: pytest.CaptureFixture[str]) -> None:

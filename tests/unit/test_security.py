@@ -192,6 +192,8 @@ def test_a_state_directory_of_ours_that_is_open_is_closed(tmp_path: Path) -> Non
     state = tmp_path / "state"
     for name in ("8081", "kvcache", "models", "bin"):
         (state / name).mkdir(parents=True)
+    for name in ("transformers.json", "transformers.json.17", "mlx-launch-error-x.txt", "service-8081.log"):
+        (state / name).touch()
     state.chmod(0o755)
     create_state_dir(state)
     assert stat.S_IMODE(state.stat().st_mode) == 0o700

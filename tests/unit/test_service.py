@@ -16,6 +16,7 @@ from mlx_launcher.config.document import nothing
 from mlx_launcher.config.layers import Flags, settle
 from mlx_launcher.errors import LaunchError
 from mlx_launcher.service.description import Service, absolute, describe
+from mlx_launcher.service.install import Gone, Run, perform, to_install
 from mlx_launcher.service.launchd import Launchd
 from mlx_launcher.service.look import Installed, outdated
 from mlx_launcher.service.manager import Manager, State
@@ -328,6 +329,29 @@ gui/501/mlx-launch.8081 = {
 )
 def test_what_launchctl_says(code: int, output: str, state: State) -> None:
     assert LAUNCHD.state(code, output) == state
+
+
+@pytest.mark.parametrize("manager", [SYSTEMD, LAUNCHD], ids=lambda manager: str(manager.name))
+@pytest.mark.parametrize("written", [True, False])
+def test_what_runs_is_ended_before_another_takes_its_place(manager: Manager, written: bool) -> None:
+    """Also where its file is gone: launchd loads no second one of a name."""
+    service = a_service()._replace(stop_s=600)
+    text = manager.text(service) if written else None
+    there = Installed(8081, Path("/unit"), text, service if written else None, State(True, False, True, 5, None))
+    stop, gone, *_ = to_install(manager, service, there, [], lambda: True)
+    assert isinstance(stop, Run)
+    assert isinstance(gone, Gone)
+    assert stop.argv == manager.stop(8081)[0]
+    assert stop.within_s > gone.stop_s
+    assert stop.fine == (36 if manager is LAUNCHD else 0)
+
+
+def test_what_is_still_ending_has_not_failed() -> None:
+    perform(LAUNCHD, [Run(["sh", "-c", "exit 36"], fine=36)])
+    with pytest.raises(LaunchError, match="exit status 36"):
+        perform(SYSTEMD, [Run(["sh", "-c", "exit 36"])])
+    with pytest.raises(LaunchError, match="exit status 5"):
+        perform(LAUNCHD, [Run(["sh", "-c", "exit 5"], fine=36)])
 
 
 def test_what_is_outdated() -> None:

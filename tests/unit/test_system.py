@@ -38,6 +38,17 @@ def test_a_process_is_known_by_its_start(child: subprocess.Popen[bytes]) -> None
     assert not system.process_alive(child.pid, None)
 
 
+def test_on_macos_the_start_is_the_same_after_the_clock_was_set(
+    child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    started, real = system.process_started(child.pid), psutil.Process.create_time
+    # As psutil corrects it, in a process that has imported it before.
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: real(process) + 3600)
+    assert started is not None
+    assert system.process_alive(child.pid, started)
+
+
 def test_a_zombie_is_not_alive(child: subprocess.Popen[bytes]) -> None:
     started = system.process_started(child.pid)
     child.kill()

@@ -57,9 +57,9 @@ def test_it_says_what_a_user_looks_for() -> None:
     for said in (
         "port 8081: ready",
         "1 in flight, 2 queued, 1,234 done",
-        "41 now, 40 in the last minute",
+        "41 now, pauses included; 40 while decoding (last minute)",
         "12 s cold, 0.42 s warm",
-        "83 % of the prompts' tokens, 37 entries, 2.1 GB of 40 GB",
+        "83 % of the prompts' tokens, 37 entries, 2.1 GB of 40 GB\n",
         "server 18 GB, standby 210 MB, supervisor 14 MB",
         "2 min 0 s  ready server=2",
     ):
@@ -68,7 +68,7 @@ def test_it_says_what_a_user_looks_for() -> None:
 
 def test_a_load_has_a_bar_and_an_idle_server_nothing() -> None:
     loading = a_status(state="starting", phase="loading", progress={"done": 5 * 10**8, "total": 10**9}, standby=None)
-    assert "loading [##########..........] 50% 500 MB of 1.0 GB" in text(loading)
+    assert "loading  [##########..........]  50%  500 MB of 1.0 GB" in text(loading)
     assert "nothing is loaded" in text(a_status(state="idle", server=None))
 
 
@@ -81,8 +81,51 @@ def test_troubles_are_rows() -> None:
 
 def test_a_server_that_tells_nothing_has_dashes() -> None:
     shown = text({**a_status(), "speed": {}}, None)
-    assert "- now, - in the last minute" in shown
+    assert "- now, pauses included; - while decoding" in shown
     assert "- cold, - warm" in shown
+
+
+def test_at_80_columns_all_of_the_cache_is_there_and_with_more_room_more_words() -> None:
+    most = {
+        "dir": "/kv",
+        "entries": 12_345,
+        "bytes": 888 * 10**9,
+        "limit_bytes": 999 * 10**9,
+        "memory_bytes": 123 * 10**6,
+    }
+    status = a_status(kv_cache=most, activity={**a_status()["activity"], "cached_tokens": 1000})
+    assert "cache       100 % reused, 12,345 entries, 888 GB of 999 GB, 123 MB in memory\n" in text(status)
+    wide = "\n".join(picture(status, 1.0, AT, 199, 50))
+    assert "100 % of the prompts' tokens, 12,345 entries, 888 GB of 999 GB, 123 MB in memory\n" in wide
+    path = "/models/" + "long/" * 20
+    assert path in "\n".join(picture(a_status(model={"id": path, "path": path}), 1.0, AT, 199, 50))
+
+
+def test_what_is_not_known_is_no_zero() -> None:
+    cache = {"dir": None, "entries": None, "bytes": None, "limit_bytes": None, "memory_bytes": 0}
+    nothing = dict.fromkeys(a_status()["activity"], 0)
+    assert "  cache       - of the prompts' tokens, - entries\n" in text(a_status(kv_cache=cache, activity=nothing))
+    one = {**cache, "entries": 1, "bytes": 0}
+    assert "tokens, 1 entry, 0 B\n" in text(a_status(kv_cache=one, activity=nothing))
+
+
+def test_each_rank_of_a_cluster_has_a_row_and_all_a_sum() -> None:
+    ranks = [
+        {
+            "rank": number,
+            "host": f"mac-{number}",
+            "pid": 7,
+            "state": "ready",
+            "rss_bytes": 10**9,
+            "last_progress_s": None,
+        }
+        for number in range(2)
+    ]
+    shown = text(a_status(ranks=ranks, standby=None))
+    assert "server 18 GB, supervisor 14 MB, all ranks 2.0 GB" in shown
+    assert "  rank 1      mac-1, ready, pid 7, 1.0 GB" in shown
+    ranks[1]["rss_bytes"] = None  # it has not said so yet
+    assert "all ranks" not in text(a_status(ranks=ranks))
 
 
 @given(st.integers(10, 80), st.integers(1, 30), st.text(max_size=120))
