@@ -213,7 +213,7 @@ def _rows(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def on_disk(cache: dict[str, Any]) -> str:
     """What the KV cache has there: "3 entries, 2.1 MB of 18 GB"."""
     count, limit = cache["entries"], cache["limit_bytes"]
-    if count is None:
+    if cache["dir"] is None:
         return "- entries"
     used = size(cache["bytes"]) + (f" of {size(limit)}" if limit else "")
     return f"{count:,} {'entry' if count == 1 else 'entries'}, {used}"

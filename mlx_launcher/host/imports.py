@@ -59,9 +59,9 @@ class _Loader(SourceFileLoader):
             learn = utils.define_import_structure
             known = functools.cache(lambda: _exports(self._file, release, lambda: learn(models)))
 
-            def define(path: str | Path, prefix: str | None = None) -> Exports:
-                if Path(path) not in (models, models / "__init__.py"):
-                    return learn(path, prefix)  # type: ignore[no-any-return]
+            def define(path: str | Path, prefix: str | None = None, **more: Any) -> Exports:
+                if more or Path(path) not in (models, models / "__init__.py"):
+                    return learn(path, prefix, **more)  # type: ignore[no-any-return]
                 start = f"{prefix}." if prefix else ""
                 return {
                     needs: {start + name: set(of) for name, of in found.items()} for needs, found in known().items()

@@ -73,6 +73,8 @@ def _work(status: dict[str, Any], totals: Counted) -> Iterator[str]:
 
 def _servers(status: dict[str, Any], restarts: Mapping[Cause, int]) -> Iterator[str]:
     cache = status["kv_cache"]
+    if cache["dir"] is None:  # nobody has told what lies there, which is not nothing
+        cache = {"memory_bytes": cache.get("memory_bytes")}
     for name, text in (
         ("entries", "Entries of the KV cache on disk."),
         ("bytes", "Their size."),

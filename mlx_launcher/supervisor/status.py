@@ -18,8 +18,8 @@ STATE_NAME = "state.json"
 SCHEMA = 1
 
 _ACTIVITY = ("in_flight", "queued", "requests", "prompt_tokens", "cached_tokens", "completion_tokens", "idle_s")
-# None is what nobody has told.
-NO_KV_CACHE: dict[str, Any] = {"dir": None, "entries": None, "bytes": None, "limit_bytes": None}
+# Without a `dir` nobody has told what there is, if there is any.
+NO_KV_CACHE: dict[str, Any] = {"dir": None, "entries": 0, "bytes": 0, "limit_bytes": None}
 
 
 class ServerStatus(TypedDict):

@@ -124,7 +124,7 @@ def test_requests_that_a_servers_end_cuts_are_counted(launch: Launch) -> None:
 def test_what_is_not_known_is_no_zero_and_what_lies_on_the_disk_stays(launch: Launch) -> None:
     launched = launch("--loading-s", "3")
     status = launched.until_state("starting")
-    assert status["kv_cache"]["entries"] is None
+    assert status["kv_cache"]["dir"] is None
     assert ("mlx_launch_kv_cache_bytes", frozenset()) not in asked(launched)
     launched.until_state("ready")
     until(lambda: value(asked(launched), "kv_cache_memory_bytes") == 4)

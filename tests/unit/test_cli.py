@@ -287,7 +287,7 @@ def test_of_a_rank_that_starts_only_what_is_known_is_shown() -> None:
 
 
 def test_what_is_not_known_of_the_cache_is_no_zero() -> None:
-    unknown = {"dir": None, "entries": None, "bytes": None, "limit_bytes": None}
+    unknown = {"dir": None, "entries": 0, "bytes": 0, "limit_bytes": None}
     assert "  kv cache    - entries" in status_screen({**STATUS, "kv_cache": unknown})
 
 

@@ -22,7 +22,7 @@ RUNNING: dict[str, Any] = {
     "activity": dict.fromkeys(
         ("in_flight", "queued", "requests", "prompt_tokens", "cached_tokens", "completion_tokens", "idle_s"), 0
     ),
-    "kv_cache": {"dir": None, "entries": None, "bytes": None, "limit_bytes": None},
+    "kv_cache": {"dir": None, "entries": 0, "bytes": 0, "limit_bytes": None},
     "log_file": "/its/server.log",
     "notes": [],
     "events": [],

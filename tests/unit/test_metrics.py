@@ -189,7 +189,7 @@ def a_status(**changes: Any) -> dict[str, Any]:
         "server": process,
         "standby": None,
         "activity": {"in_flight": 1, "queued": 2},
-        "kv_cache": {"dir": None, "entries": 3, "bytes": 4, "limit_bytes": None},
+        "kv_cache": {"dir": "/kv", "entries": 3, "bytes": 4, "limit_bytes": None},
         "ranks": [],
         **changes,
     }

@@ -102,10 +102,10 @@ def test_at_80_columns_all_of_the_cache_is_there_and_with_more_room_more_words()
 
 
 def test_what_is_not_known_is_no_zero() -> None:
-    cache = {"dir": None, "entries": None, "bytes": None, "limit_bytes": None, "memory_bytes": 0}
+    cache = {"dir": None, "entries": 0, "bytes": 0, "limit_bytes": None, "memory_bytes": 0}
     nothing = dict.fromkeys(a_status()["activity"], 0)
     assert "  cache       - of the prompts' tokens, - entries\n" in text(a_status(kv_cache=cache, activity=nothing))
-    one = {**cache, "entries": 1, "bytes": 0}
+    one = {**cache, "dir": "/kv", "entries": 1}
     assert "tokens, 1 entry, 0 B\n" in text(a_status(kv_cache=one, activity=nothing))
 
 
