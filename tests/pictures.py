@@ -1,7 +1,8 @@
 """The README's pictures, made from what the program really writes: `make pictures`.
 
-Runs the commands on a terminal of 80 columns, in a home of their own, and draws the last state of the screen as an SVG.
-Exits 1 where a command fails, or port 8081, which the pictures show, is taken.
+Runs the commands on a terminal of 80 columns, in a home of their own, and draws the last state of the screen as an SVG; and has
+`bench` draw what it measures, of a random model, which wants a machine that does nothing else for some minutes. Exits 1 where
+a command fails, or port 8081, which the pictures show, is taken.
 """
 
 import contextlib
@@ -30,6 +31,8 @@ from rich.text import Text
 from support.launched import ROOT, chat, processes_naming
 from support.waiting import until
 
+from mlx_launcher.demo import build_random
+
 PICTURES = ROOT / "docs" / "pictures"
 COLUMNS, ROWS, PORT = 80, 24, 8081
 PROGRAM = Path(sys.executable).with_name("mlx-launch")
@@ -37,6 +40,7 @@ PROGRAM = Path(sys.executable).with_name("mlx-launch")
 WATCHED_S = 6.0
 # What was asked is written to the disk while nobody asks.
 PAUSE_S, ENTRIES = 0.1, 3
+TURNS = 5
 # A page on the web would fetch rich's font from elsewhere.
 FORMAT = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
 # What puts the cursor back to where a screen that is drawn again begins, and what else is no text or colour.
@@ -65,8 +69,9 @@ def main() -> int:
             draw("status", "mlx-launch status", home, environment)
             if "--watch" in on_a_terminal("mlx-launch status --help", environment):
                 draw("watch", "mlx-launch status --watch", home, environment, WATCHED_S)
-    finally:
         on_a_terminal("mlx-launch stop", environment)
+        measured(build_random(home / "random-11MB"), environment)
+    finally:
         for process in processes_naming(str(home)):
             process.kill()
         subprocess.run(["rm", "-rf", str(home)], check=True)
@@ -82,6 +87,14 @@ def draw(name: str, command: str, home: Path, environment: dict[str, str], secon
     svg = console.export_svg(title="", code_format=FORMAT, unique_id=f"picture-{name}")
     file = PICTURES / f"{name}.svg"
     file.write_text("\n".join(line.rstrip() for line in svg.splitlines() if line.strip()) + "\n")
+    print(f"written: {file.relative_to(ROOT)}")
+
+
+def measured(model: Path, environment: dict[str, str]) -> None:
+    """docs/pictures/bench.png."""
+    options = ["--model", str(model), "--backends", "mlx,mlx-legacy", "--turns", str(TURNS)]
+    file = PICTURES / "bench.png"
+    subprocess.run([PROGRAM, "bench", *options, "--plot", file], env=environment, check=True)
     print(f"written: {file.relative_to(ROOT)}")
 
 

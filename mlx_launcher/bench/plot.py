@@ -27,17 +27,18 @@ _BAR, _GAP = 0.36, 0.45  # inches
 _BELOW = 0.7
 _AROUND = 1.75  # above the bars and below, in inches
 _NAME_CHARS = 40
-_WIDE = 100.0  # a scale that reaches so far has room for powers of ten alone
+_FASTER = 1.5  # a follow-up that is not so many times faster than its first request gets no word of it
 
 
 class _Bar(NamedTuple):
-    """Seconds: the median, and between what the middle half of the values lies."""
+    """Seconds: the median, and between what the middle half of the values lies; `label` is what stands beside it."""
 
     at: float
     median: float
     low: float
     high: float
     colour: str
+    label: str
 
 
 def check(file: Path) -> None:
@@ -99,11 +100,21 @@ def _draw_head(figure: "Figure", data: dict[str, Any], names: Sequence[str], hei
 
 def _bars(backends: Sequence[dict[str, Any]], group: float) -> list[_Bar]:
     return [
-        _Bar(row * group + number * _BAR, spread["median"], spread["low"], spread["high"], _colour(number))
+        _Bar(
+            row * group + number * _BAR,
+            *(spread["median"], spread["low"], spread["high"]),
+            _colour(number),
+            _label(spread["median"], backend["first_request_s"]),
+        )
         for row, (key, _) in enumerate(_ROWS)
         for number, backend in enumerate(backends)
         if (spread := backend[key])
     ]
+
+
+def _label(median: float, first: dict[str, Any] | None) -> str:
+    times = first["median"] / median if first and median else 0.0
+    return f"{_seconds(median)}{f', {times:,.0f}× faster' if times >= _FASTER else ''}"
 
 
 def _draw_bars(axes: "Axes", bars: Sequence[_Bar]) -> None:
@@ -111,7 +122,7 @@ def _draw_bars(axes: "Axes", bars: Sequence[_Bar]) -> None:
         axes.barh(bar.at, bar.median, height=_BAR * 0.86, color=bar.colour, zorder=2)
         axes.plot([bar.low, bar.high], [bar.at, bar.at], color=_INK, linewidth=1.2, alpha=0.65, zorder=3)
         axes.annotate(
-            _seconds(bar.median),
+            bar.label,
             (max(bar.median, bar.high), bar.at),
             xytext=(6, 0),
             textcoords="offset points",
@@ -122,21 +133,14 @@ def _draw_bars(axes: "Axes", bars: Sequence[_Bar]) -> None:
 
 
 def _draw_axes(axes: "Axes", bars: Sequence[_Bar], group: float, count: int) -> None:
-    from matplotlib.ticker import LogLocator
-
-    # A bar on a logarithmic scale has no zero to begin at: the shortest one is still seen.
-    left, right = min(bar.median for bar in bars) / 2.5, max(bar.high for bar in bars) * 1.15
-    axes.set_xscale("log")
-    axes.set_xlim(left, right)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if right < _WIDE * left else (1.0,)))
+    axes.set_xlim(0, max(bar.high for bar in bars) * 1.15)
     axes.set_ylim(len(_ROWS) * group - _GAP, -_GAP)
     axes.set_yticks([row * group + (count - 1) * _BAR / 2 for row in range(len(_ROWS))], [label for _, label in _ROWS])
     axes.xaxis.set_major_formatter(lambda value, _: _seconds(value))
-    axes.xaxis.set_minor_formatter(lambda *_: "")
     axes.grid(axis="x", color="#D8DBDF", linewidth=0.8, zorder=0)
     axes.tick_params(axis="x", which="both", colors=_FAINT, length=0, labelsize=9.5)
     axes.tick_params(axis="y", length=0, pad=8, labelcolor=_INK)
-    axes.set_xlabel("logarithmic scale, shorter is better", color=_FAINT, fontsize=9.5, labelpad=6)
+    axes.set_xlabel("shorter is better", color=_FAINT, fontsize=9.5, labelpad=6)
     axes.spines[:].set_visible(False)
 
 
