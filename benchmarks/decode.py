@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.hosts import Host
 from support.waiting import free_port
 
-ROUNDS = 21
+ROUNDS = 41
 TOKENS = 512
 PROMPT = "Tell me of the sea, and of those who cross it."
 

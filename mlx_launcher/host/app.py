@@ -27,8 +27,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 KEEP_ALIVE_S = 5.0
 
 # A stream is written at most this often: what else comes of it meanwhile shares one write. No model slower than 100 tokens a
-# second is ever held back; at 400, on two cores, it leaves the engine more of them (benchmarks/decode.py: 0.94 to 0.96 of
-# mlx-lm's speed, where 5 ms gave 0.86 to 1.00 and 20 ms 0.93).
+# second is ever held back; at 400, on two cores, it leaves the engine more of them (benchmarks/decode.py).
 GATHER_S = 0.01
 
 _JSON = (b"content-type", b"application/json")
@@ -197,7 +196,7 @@ class _Work:
         self._loop = asyncio.get_running_loop()
         self._came: deque[Event | RequestError | None] = deque()
         self._woken = False  # whether the loop was told, and has not looked yet
-        self._look, self._over = asyncio.Event(), asyncio.Event()
+        self._look = asyncio.Event()
         self._began = time.monotonic()
         self._looked = 0.0
         self.client_left = False
@@ -211,24 +210,23 @@ class _Work:
         """
         self._came.append(event)
         if event is None:
-            self._wake(self._over.set)
-        if not self._woken:
-            self._woken = True
             self._wake(self._look.set)
+        elif not self._woken:
+            self._woken = True
+            self._wake(self._look_soon)
 
     def _wake(self, by: Callable[[], object]) -> None:
         # A loop that is closed has nobody left to tell, and the engine must not die of that.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(by)
 
-    async def _gather(self) -> None:
-        """Lets more come where the last look was a moment ago, unless nothing more will."""
+    def _look_soon(self) -> None:
+        """Lets more come where the last look was a moment ago."""
         early = self._looked + GATHER_S - self._loop.time()
         if early > 0:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(early):
-                    await self._over.wait()
-        self._looked = self._loop.time()
+            self._loop.call_later(early, self._look.set)
+        else:
+            self._look.set()
 
     def _client_left(self, left: "asyncio.Task[None]") -> None:
         if not left.cancelled():
@@ -254,7 +252,7 @@ class _Work:
             except TimeoutError:
                 yield []
                 continue
-            await self._gather()
+            self._looked = self._loop.time()
             self._look.clear()
             # In this order: what comes from here on wakes the loop again.
             self._woken = False
