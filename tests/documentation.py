@@ -28,6 +28,8 @@ PORT = 8081  # the one that the pages mean where they name none
 ON_THE_HUB = {"mlx-community/Qwen3-4B-4bit": "qwen3"}
 AT_HOME = {"models/Qwen3-Coder-30B-A3B-4bit": "qwen3_moe"}
 HALF_DOWNLOADED = "org/half-downloaded"
+# A file beside a configuration that a page shows.
+CAPTURED = "prompts/claude-code.json"
 
 # Run in another form: nobody is here to answer a question or to press Ctrl-C, and a measurement takes its time.
 REPLACED = [
@@ -107,6 +109,8 @@ class World:
         hub = self.home / ".cache" / "huggingface" / "hub"
         for name, family in {**ON_THE_HUB, HALF_DOWNLOADED: "llama"}.items():
             _stand_in(hub / f"models--{name.replace('/', '--')}", family, whole=name != HALF_DOWNLOADED)
+        (scratch / CAPTURED).parent.mkdir()
+        (scratch / CAPTURED).write_text('{"messages": [{"role": "user", "content": "Good morning."}]}')
         self._variables, self._cwd = scratch / "variables", scratch / "cwd"
         self._variables.touch()
         self._cwd.write_text(str(self.tree))
