@@ -11,6 +11,7 @@ import click
 
 from mlx_launcher.cli.configured import document_in_force
 from mlx_launcher.cli.groups import Table
+from mlx_launcher.cli.instances import refuse_unreadable
 from mlx_launcher.cli.options import json_option
 from mlx_launcher.cli.output import App, Result, clean
 from mlx_launcher.cli.screen import WIDTH, columns, duration, fit, size
@@ -121,13 +122,7 @@ def _root(app: App, settings: Settings | None) -> Path:
     if not given and root.is_symlink():
         what = f"{root} is a link, which is not followed in the state directory"
         raise LaunchError("cache_failed", what, "Set cache.dir to where it leads, and remove the link")
-    try:
-        os.scandir(root).close()
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        what = f"the KV cache in {root} cannot be read: {error.strerror}"
-        raise LaunchError("cache_failed", what, "See whose it is, with ls -ld") from None
+    refuse_unreadable(root, "the KV cache in", "cache_failed", "See whose it is, with ls -ld")
     return root
 
 

@@ -90,7 +90,7 @@ def choose(state_dir: Path, port: int | None) -> Path:
     LaunchError `several` (exit 2) when more than one runs, `not_running` (exit 3) when none was ever started, `state_dir` when
     it cannot be told because the state directory cannot be read.
     """
-    _refuse_unreadable(state_dir)
+    refuse_unreadable(state_dir, "the state directory", "state_dir", _ANOTHER)
     if port is not None:
         return state_dir / str(port)
     known = all_of(state_dir)
@@ -105,18 +105,18 @@ def choose(state_dir: Path, port: int | None) -> Path:
     return max(known, key=_last_change)
 
 
-def _refuse_unreadable(state_dir: Path) -> None:
-    """What runs under another user's directory must not be taken for nothing."""
+def refuse_unreadable(directory: Path, what: str, code: str, hint: str) -> None:
+    """LaunchError for a directory that cannot be looked at: what is in it must not be taken for nothing."""
     try:
-        os.scandir(state_dir).close()
+        os.scandir(directory).close()
     except FileNotFoundError:
         pass
     except OSError as error:
-        what = f"the state directory {state_dir} cannot be read: {error.strerror}"
-        raise LaunchError("state_dir", what, "See whose it is with ls -ld, or give another --state-dir") from None
+        raise LaunchError(code, f"{what} {directory} cannot be read: {error.strerror}", hint) from None
 
 
 _START = "Start a server with mlx-launch start"
+_ANOTHER = "See whose it is with ls -ld, or give another --state-dir"
 
 
 def not_running(instance: Path) -> LaunchError:

@@ -11,7 +11,7 @@ from mlx_launcher.config.document import FILE_VARIABLE
 from mlx_launcher.doctor.check import Check, Instance, Subject
 from mlx_launcher.doctor.state import cache_directory
 from mlx_launcher.errors import LaunchError
-from mlx_launcher.kvcache.files import TEMPORARY
+from mlx_launcher.kvcache.files import TEMPORARY, folders, unfinished
 
 # Fewer requests, or shorter ones, may well have had nothing in common.
 _REQUESTS = 5
@@ -109,11 +109,8 @@ def _half_written(subject: Subject) -> list[Check]:
     directories, settings = {subject.state_dir / "kvcache"}, subject.settings
     if not isinstance(settings, LaunchError):
         directories.add(cache_directory(subject, settings))
-    # os.walk passes over what may not be looked at.
-    found = (
-        Path(at, name) for directory in sorted(directories) for at, _, names in os.walk(directory) for name in names
-    )
-    files = [file for file in found if file.name.startswith(f"{TEMPORARY}-") and _is_orphan(file)]
+    found = (file for root in sorted(directories) for directory in folders(root) for file in unfinished(directory))
+    files = [file for file in found if _is_orphan(file)]
     if not files:
         return []
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""

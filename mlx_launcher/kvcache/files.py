@@ -115,7 +115,8 @@ def folders(root: Path) -> list[Path]:
 
 
 def _is_ours(path: Path) -> bool:
-    return bool(_FOLDER.fullmatch(path.name)) and not path.is_symlink() and (path / LOCK).is_file()
+    # Not Path.is_file, which raises for what may not be looked at: one such folder would hide the others.
+    return bool(_FOLDER.fullmatch(path.name)) and not path.is_symlink() and os.path.isfile(path / LOCK)  # noqa: PTH113
 
 
 def entries(directory: Path) -> Iterator[Path]:
@@ -123,9 +124,14 @@ def entries(directory: Path) -> Iterator[Path]:
     return (path for path in directory.glob(f"*{SUFFIX}") if _ENTRY.fullmatch(path.name))
 
 
+def unfinished(directory: Path) -> Iterator[Path]:
+    """What is being written in a folder, or was when its writer was killed."""
+    return directory.glob(f"{TEMPORARY}-*")
+
+
 def remove_leftovers(directory: Path) -> None:
     """Removes what a killed writer left half-written."""
-    for partial in directory.glob(f"{TEMPORARY}-*"):
+    for partial in unfinished(directory):
         partial.unlink(missing_ok=True)
 
 

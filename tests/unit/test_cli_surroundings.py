@@ -53,7 +53,7 @@ def test_an_error_has_its_exit_code_whether_it_is_read_or_not(tmp_path: Path, un
     os.close(unread)
 
 
-@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full")
+@pytest.mark.skipif(not FULL.exists(), reason="/dev/full, which stands for a full disk, is Linux's; macOS has none")
 def test_an_error_has_its_exit_code_on_a_full_disk_too(tmp_path: Path) -> None:
     with FULL.open("w") as full:
         assert started("--state-dir", str(tmp_path), "status", err=full.fileno()).wait(60) == 3

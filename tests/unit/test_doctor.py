@@ -257,10 +257,12 @@ def stale_socket(patient: Patient, _: contextlib.ExitStack) -> None:
 
 
 def half_written(patient: Patient, _: contextlib.ExitStack) -> None:
-    folder = patient.state_dir / "kvcache" / "a model"
-    folder.mkdir(parents=True)
-    folder.parent.chmod(0o700)
-    (folder / ".partial-4194303-entry.safetensors").write_text("")
+    ours, others = (patient.state_dir / "kvcache" / name for name in ("a" * 16, "of somebody else's"))
+    for folder in (ours, others):
+        folder.mkdir(parents=True)
+        folder.parent.chmod(0o700)
+        (folder / ".partial-4194303-entry.safetensors").write_text("")
+    (ours / ".lock").touch()
 
 
 def cache_is_a_file(patient: Patient, _: contextlib.ExitStack) -> None:

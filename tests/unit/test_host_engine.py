@@ -307,32 +307,35 @@ def test_a_model_that_does_not_load_is_a_fault(failure: Exception, words: str) -
     assert fault.reason == words
 
 
-def test_a_full_queue_names_how_many_wait() -> None:
+@pytest.fixture
+def busy() -> Iterator[Engine]:
+    """One that answers nothing."""
     runtime = Scripted()
     runtime.gate.clear()
     engine = started(runtime)
-    jobs = [Job(Generation(prompts=["x"]), lambda event: None) for _ in range(4)]
-    for job in jobs[:3]:
-        engine.submit(job)
-    with pytest.raises(QueueFullError, match="2 requests"):
-        engine.submit(jobs[3])
+    yield engine
     engine.cancel_all()
 
 
-def test_whose_client_has_left_takes_no_place_in_the_queue() -> None:
-    runtime = Scripted()
-    runtime.gate.clear()
-    engine = started(runtime)
-    jobs = [Job(Generation(prompts=["x"]), lambda event: None) for _ in range(5)]
-    for job in jobs[:3]:
+def submitted(engine: Engine, count: int) -> list[Job]:
+    jobs = [Job(Generation(prompts=["x"]), lambda event: None) for _ in range(count)]
+    for job in jobs:
         engine.submit(job)
-    for job in jobs[1:3]:
+    return jobs
+
+
+def test_a_full_queue_names_how_many_wait(busy: Engine) -> None:
+    submitted(busy, 3)
+    with pytest.raises(QueueFullError, match="2 requests"):
+        submitted(busy, 1)
+
+
+def test_whose_client_has_left_takes_no_place_in_the_queue(busy: Engine) -> None:
+    for job in submitted(busy, 3)[1:]:
         job.cancelled.set()
-    for job in jobs[3:]:
-        engine.submit(job)
+    submitted(busy, 2)
     with pytest.raises(QueueFullError, match="2 requests"):
-        engine.submit(Job(Generation(prompts=["x"]), lambda event: None))
-    engine.cancel_all()
+        submitted(busy, 1)
 
 
 def test_what_nobody_foresaw_is_a_500_and_its_message_is_not_logged(
